@@ -1,0 +1,327 @@
+"""Configuration files: YAML 1.2 or JSON plus `a.b=c` overrides, checked strictly, every mistake in one go.
+
+A mistake reads `file:line: path: what is wrong (did you mean ...?)`. Nothing in a file can name code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from samlet.errors import ConfigError
+
+Loc = tuple[str | int, ...]
+Model = TypeVar("Model", bound="StrictModel")
+
+MAX_NODES = 100_000  # a file that aliases itself into more is an attack, not a configuration
+
+
+class StrictModel(BaseModel):
+    """A configuration block: no unknown keys, no silent conversions, no later changes."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What no single field can see: (path below this block, what is wrong), one pair a mistake."""
+        return ()
+
+
+def _must_exist(path: Path, info: ValidationInfo) -> Path:
+    if info.context and info.context.get("check_files") and not path.exists():
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f" (did you mean '{path.with_name(near[0])}'?)" if near else ""
+        raise ValueError(f"no such file or folder: '{path}', looked for from {Path.cwd()}{hint}")
+    return path
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return os.listdir(path.parent)
+    except OSError:
+        return []
+
+
+ExistingPath = Annotated[Path, AfterValidator(_must_exist)]
+"""A file or folder that must be there before a run starts; relative paths start at the working directory."""
+
+
+def load_config(
+    kind: type[Model], path: Path | None, overrides: Sequence[str] = (), *, check_files: bool = True
+) -> Model:
+    """Read a YAML or JSON file (or none), lay `a.b=c` overrides over it, and check the whole.
+
+    Raises:
+        ConfigError: with one line for each mistake of file and overrides together.
+    """
+    source = _Source(path)
+    for override in overrides:
+        source.override(override)
+    found: dict[tuple[Loc, str], None] = {}
+    config = _validate(kind, source, check_files, found)
+    if config is not None:
+        for loc, message in _cross_mistakes(config):
+            found[(loc, message)] = None
+    if found:
+        raise ConfigError("\n".join(source.describe(loc, message) for loc, message in found))
+    assert config is not None
+    return config
+
+
+def json_schema(kind: type[StrictModel]) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a configuration, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
+
+
+def _validate(
+    kind: type[Model], source: _Source, check_files: bool, found: dict[tuple[Loc, str], None]
+) -> Model | None:
+    """Validate; where that fails, note the mistakes, cut them out and validate the rest for what they hid."""
+    plain, pruned = source.plain, set[Loc]()
+    for _ in range(4):
+        try:
+            return kind.model_validate_json(json.dumps(plain), context={"check_files": check_files})
+        except ValidationError as error:
+            cut = set[Loc]()
+            for detail in error.errors():
+                loc = source.known(detail["loc"])
+                if detail["type"] == "missing":
+                    loc = (*loc, *detail["loc"][-1:]) if loc != detail["loc"] else loc
+                if loc in pruned:
+                    continue
+                found[(loc, _message(kind, detail))] = None
+                cut.add(loc)
+            if not cut or () in cut:
+                return None
+            pruned |= cut
+            plain = _without(plain, cut)
+    return None
+
+
+def _cross_mistakes(config: StrictModel, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+    for name, value in config:
+        members = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        for index, member in members:
+            if isinstance(member, StrictModel):
+                yield from _cross_mistakes(member, (*loc, name) if index is None else (*loc, name, index))
+    for below, message in config.mistakes():
+        yield (*loc, *below), message
+
+
+class _Source:
+    """A configuration as it was written, with the place of every key."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.tree: Any = CommentedMap() if path is None else _parse_file(path)
+        if not isinstance(self.tree, CommentedMap):
+            raise ConfigError(f"{path}:1: a configuration is a mapping of keys to values, this is something else")
+        self.plain: Any = _to_plain(self.tree, str(path))
+        self.origins: dict[Loc, str] = {}
+
+    def override(self, text: str) -> None:
+        """Lay one `a.b=c` over the file; numbers in the path index lists."""
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override '{text}': write it as key.path=value")
+        parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.strip().split(".")]
+        place = self.plain
+        for position, part in enumerate(parts):
+            last = position == len(parts) - 1
+            fits = isinstance(place, list) if isinstance(part, int) else isinstance(place, dict)
+            if not fits or (isinstance(part, int) and part >= len(place)):
+                raise ConfigError(f"override '{text}': '{'.'.join(map(str, parts[:position]))}' has no '{part}'")
+            if last:
+                place[part] = _parse_value(value, text)
+            else:
+                place = place[part] if isinstance(part, int) else place.setdefault(part, {})
+        self.origins[tuple(parts)] = f"override '{text}'"
+
+    def known(self, loc: Sequence[str | int]) -> Loc:
+        """`loc` less the names of union members, which pydantic adds and no file contains."""
+        place, kept = self.plain, list[str | int]()
+        for part in loc:
+            if isinstance(place, list) and isinstance(part, int) and part < len(place):
+                place = place[part]
+            elif isinstance(place, dict) and part in place:
+                place = place[str(part)]
+            else:
+                continue
+            kept.append(part)
+        return tuple(kept)
+
+    def describe(self, loc: Loc, message: str) -> str:
+        return f"{self._origin(loc)}: {'.'.join(map(str, loc)) or 'the whole'}: {message}"
+
+    def _origin(self, loc: Loc) -> str:
+        for length in range(len(loc), 0, -1):
+            if loc[:length] in self.origins:
+                return self.origins[loc[:length]]
+        if self.path is None:
+            return "command line"
+        place, line = self.tree, 1
+        for part in loc:
+            try:
+                line = place.lc.data[part][0] + 1
+                place = place[part]
+            except (AttributeError, KeyError, IndexError, TypeError):
+                break
+        return f"{self.path}:{line}"
+
+
+def _parse_file(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from error
+    try:
+        tree = YAML(typ="rt").load(text)
+    except YAMLError as error:
+        try:
+            tree = YAML(typ="rt").load(_without_commas_between_blocks(text))
+        except YAMLError:
+            raise ConfigError(_syntax_message(str(path), error)) from error
+    return CommentedMap() if tree is None else tree
+
+
+def _parse_value(value: str, override: str) -> Any:
+    try:
+        return _to_plain(YAML(typ="rt").load(value), f"override '{override}'")
+    except YAMLError as error:
+        raise ConfigError(_syntax_message(f"override '{override}'", error)) from error
+
+
+def _syntax_message(where: str, error: YAMLError) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{where}:{mark.line + 1}: column {mark.column + 1}: not YAML or JSON: {error.problem}"
+    return f"{where}: not YAML or JSON: {' '.join(str(error).split())}"
+
+
+def _without_commas_between_blocks(text: str) -> str:
+    """Blank the commas that stand outside of every bracket.
+
+    A JSON fragment such as `"distillation": {...},` pasted between the keys of a YAML file ends in one.
+    """
+    depth, quote, kept = 0, "", list[str]()
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "{[":
+            depth += 1
+        elif character in "}]":
+            depth -= 1
+        kept.append(" " if character == "," and depth == 0 and not quote else character)
+    return "".join(kept)
+
+
+def _to_plain(node: Any, where: str) -> Any:
+    """The parsed tree as dict, list, str, int, float, bool and None, whatever classes carried its comments."""
+    budget = [MAX_NODES]
+
+    def convert(value: Any) -> Any:
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise ConfigError(f"{where}: more than {MAX_NODES} values; a configuration is never that large")
+        if isinstance(value, TaggedScalar) or getattr(getattr(value, "tag", None), "value", None):
+            raise ConfigError(f"{where}: tags such as '{value.tag.value}' have no meaning here; write plain values")
+        if isinstance(value, CommentedMap | dict):
+            return {str(key): convert(member) for key, member in value.items()}
+        if isinstance(value, CommentedSeq | list):
+            return [convert(member) for member in value]
+        for kind in (bool, int, float, str):
+            if isinstance(value, kind):
+                return kind(value)
+        return None if value is None else str(value)
+
+    return convert(node)
+
+
+def _without(plain: Any, cut: set[Loc]) -> Any:
+    """A copy of `plain` less the given places; a list that holds one is dropped whole, as its indices would move."""
+
+    def copy(value: Any, loc: Loc) -> Any:
+        if isinstance(value, dict):
+            return {key: copy(member, (*loc, key)) for key, member in value.items() if (*loc, key) not in cut}
+        if isinstance(value, list):
+            return [copy(member, (*loc, index)) for index, member in enumerate(value) if (*loc, index) not in cut]
+        return value
+
+    return copy(plain, ())
+
+
+def _message(kind: type[StrictModel], detail: ErrorDetails) -> str:
+    """One mistake in plain words."""
+    value, loc = detail["input"], detail["loc"]
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown key{_suggest_key(kind, loc)}"
+        case "missing":
+            return "required, and missing"
+        case "literal_error" | "enum":
+            expected = detail["ctx"]["expected"]
+            words = re.findall(r"'([^']*)'", expected)
+            near = difflib.get_close_matches(str(value), words, n=1)
+            return f"must be {expected}, got {value!r}" + (f" (did you mean '{near[0]}'?)" if near else "")
+        case "value_error":
+            return detail["msg"].removeprefix("Value error, ")
+    text = detail["msg"].replace("Input should be", "must be").replace("Input should", "should")
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    return f"{text[0].lower()}{text[1:]}, got {shown}"
+
+
+def _suggest_key(kind: type[StrictModel], loc: Sequence[str | int]) -> str:
+    """The nearest key of the same block, or the blocks where a key of that name does exist."""
+    key = str(loc[-1])
+    siblings = [name for model in _models_at(kind, loc[:-1]) for name in model.model_fields]
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f" (did you mean '{near[0]}'?)"
+    homes = [path for path in _all_paths(kind) if path.rsplit(".", 1)[-1] == key]
+    if homes:
+        return f" (did you mean '{homes[0]}'?)"
+    return f" (there are {', '.join(siblings)})" if siblings else ""
+
+
+def _models_at(kind: type[StrictModel], loc: Sequence[str | int]) -> list[type[StrictModel]]:
+    models = [kind]
+    for part in loc:
+        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        if fields:
+            models = [inner for field in fields for inner in _models_in(field.annotation)]
+    return models
+
+
+def _models_in(annotation: Any) -> list[type[StrictModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, list, tuple, dict, Mapping):
+        return [model for member in get_args(annotation) for model in _models_in(member)]
+    return []
+
+
+@cache
+def _all_paths(kind: type[StrictModel], prefix: str = "") -> tuple[str, ...]:
+    paths = list[str]()
+    for name, field in kind.model_fields.items():
+        paths.append(prefix + name)
+        for model in _models_in(field.annotation):
+            paths.extend(_all_paths(model, f"{prefix}{name}."))
+    return tuple(paths)

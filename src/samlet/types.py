@@ -1,0 +1,76 @@
+"""The nouns that every room shares: named tuples of tensors, so that they compile, export and collate.
+
+Two frames: the *original frame* is the image as it lies on disk, (H, W) pixels; the *input frame* is the
+S x S square that the encoder sees: the image resized by its longest side, padded right and below.
+`low-res` is the input frame at a quarter of the resolution, S/4 x S/4: the mask decoder's own grid.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+# Labels of prompt points: SAM's own, spelled as in its ONNX export.
+NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, PADDING = 0, 1, 2, 3, -1
+
+
+class Prompts(NamedTuple):
+    """P prompts on B images, each one a row of at most T points; a box is two points labelled 2 and 3.
+
+    `point_labels` 1: positive, 0: negative, 2/3: top-left / bottom-right corner of the box, -1: SAM's padding
+    point, which upstream appends to prompts without a box and which takes part in attention.
+    """
+
+    image_index: Int[Tensor, "P"]
+    point_coords: Float[Tensor, "P T 2"]  # (x, y) pixels in the input frame
+    point_labels: Int[Tensor, "P T"]
+    mask_input: Float[Tensor, "P 1 h w"] | None = None  # low-res logits of an earlier answer
+    absent: Bool[Tensor, "P T"] | None = None  # True: a hole that is no token at all; None: there are no holes
+
+
+class ImageFeatures(NamedTuple):
+    """What `Sam.encode` returns: the image embedding, and the taps that were asked for, by name."""
+
+    embedding: Float[Tensor, "B 256 h w"]
+    taps: dict[str, Float[Tensor, "B C th tw"]]
+
+
+class MaskOutput(NamedTuple):
+    """What `Sam.decode` returns for P prompts and M masks each (M = 4: the single mask, then the three)."""
+
+    low_res_logits: Float[Tensor, "P M h w"]  # a mask is where logits > 0
+    iou_predictions: Float[Tensor, "P M"]  # raw regression, no sigmoid
+    mask_tokens: Float[Tensor, "P 4 256"]
+    taps: dict[str, Tensor]
+
+
+class Sample(NamedTuple):
+    """One image in the input frame with the objects that were drawn from it and a prompt for each."""
+
+    pixels: Float[Tensor, "3 S S"]  # normalised, then padded with zeros
+    input_size: tuple[int, int]  # (H, W) of the unpadded part of the input frame
+    prompts: Prompts  # image_index is 0 throughout
+    masks: Float[Tensor, "P h w"]  # ground truth on the low-res grid: covered share of each cell, 0..1
+    labelled: Bool[Tensor, "P"]  # False: the prompt was drawn without ground truth, `masks` is zero there
+    image_id: str
+
+
+class Batch(NamedTuple):
+    """Samples side by side; prompts of all images in one list."""
+
+    pixels: Float[Tensor, "B 3 S S"]
+    input_sizes: Int[Tensor, "B 2"]
+    prompts: Prompts
+    masks: Float[Tensor, "P h w"]
+    labelled: Bool[Tensor, "P"]
+    image_ids: tuple[str, ...]
+
+
+class Terms(NamedTuple):
+    """The terms of one loss by name: `raw` as measured, `weighted` as they enter the sum."""
+
+    raw: dict[str, Float[Tensor, ""]]
+    weighted: dict[str, Float[Tensor, ""]]
