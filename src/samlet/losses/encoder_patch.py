@@ -34,8 +34,9 @@ def encoder_patch_loss(
 
     L = w_l2 mean_c (f_s - f_t)^2 + w_cos (1 - cos(f_s, f_t)),  with 1 - cos = |f_s/|f_s| - f_t/|f_t||^2 / 2
 
-    Norm and cosine run over channels. The neck's squared error is the distillation of MobileSAM (Zhang et al. 2023, arXiv:2306.14289). `valid` is the
-    share of each patch that the image covers; None: all. Gradient flows to `student` only.
+    Norm and cosine run over channels. The squared error on the neck is how MobileSAM was distilled (Zhang et al.
+    2023, arXiv:2306.14289). `valid` is the share of each patch that the image covers; None: all. Gradient
+    flows to `student` only.
 
     Raises:
         ValueError: shapes that differ; both are named.

@@ -18,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NORM_FLOOR = 1e-6  # a shorter feature is not stretched to length 1, so that its gradient stays bounded
+CELLS_FLOOR = 1e-6  # cells of a grid: far below what any image covers, far above what overflows when inverted
 
 
 def _widened(value: Any) -> Any:
@@ -77,7 +78,7 @@ def mean_over_cells(values: Float[Tensor, "N M h w"], valid: Float[Tensor, "N h 
     if valid is None:
         return values.mean(dim=(-2, -1))
     weight = valid.to(values.dtype)[:, None]
-    total = weight.sum(dim=(-2, -1)).clamp_min(torch.finfo(values.dtype).tiny)
+    total = weight.sum(dim=(-2, -1)).clamp_min(CELLS_FLOOR)
     return (values * weight).sum(dim=(-2, -1)) / total
 
 
