@@ -56,6 +56,7 @@ class Sample(NamedTuple):
     masks: Float[Tensor, "P h w"]  # ground truth on the low-res grid: covered share of each cell, 0..1
     labelled: Bool[Tensor, "P"]  # False: the prompt was drawn without ground truth, `masks` is zero there
     image_id: str
+    skipped: tuple[str, ...] = ()  # what could not be used on the way to this sample, one sentence each
 
 
 class Batch(NamedTuple):
@@ -67,6 +68,7 @@ class Batch(NamedTuple):
     masks: Float[Tensor, "P h w"]
     labelled: Bool[Tensor, "P"]
     image_ids: tuple[str, ...]
+    skipped: tuple[str, ...] = ()  # of all its samples
 
 
 class Terms(NamedTuple):
