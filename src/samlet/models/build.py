@@ -1,0 +1,76 @@
+"""Sizes of the four kinds of SAM, and their assembly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from samlet.errors import SamletError
+from samlet.models.mask_decoder import MaskDecoder
+from samlet.models.prompt_encoder import PromptEncoder
+from samlet.models.sam import STRIDE, Sam
+from samlet.models.tiny_vit import TinyViT
+from samlet.models.vit import ImageEncoderViT
+
+_VIT = {"window_size": 14, "mlp_ratio": 4.0}
+_DECODER = {"decoder_depth": 2, "decoder_mlp_dim": 2048}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "vit_t": {
+        "embed_dims": [64, 128, 160, 320],
+        "depths": [2, 2, 6, 2],
+        "num_heads": [2, 4, 5, 10],
+        "window_sizes": [7, 7, 14, 7],
+        "mlp_ratio": 4.0,
+        "num_classes": 1000,
+    },
+    "vit_b": {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": [2, 5, 8, 11], **_VIT},
+    "vit_l": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "global_attn_indexes": [5, 11, 17, 23], **_VIT},
+    "vit_h": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "global_attn_indexes": [7, 15, 23, 31], **_VIT},
+}
+
+
+def build_sam(kind: str, image_size: int = 1024, **overrides: Any) -> Sam:
+    """A SAM with fresh weights, drawn from torch's global generator.
+
+    `overrides` replace the encoder's sizes (vit_t: embed_dims, depths, num_heads, window_sizes, mlp_ratio, num_classes;
+    the others: embed_dim, depth, num_heads, global_attn_indexes, window_size, mlp_ratio) and the decoder's
+    (decoder_depth, decoder_mlp_dim); None leaves a size as it is.
+
+    Raises:
+        SamletError: an unknown kind or size, or sizes that do not fit each other.
+    """
+    if kind not in ENCODERS:
+        raise SamletError(f"kind '{kind}': there are {', '.join(ENCODERS)}")
+    sizes = {**ENCODERS[kind], **_DECODER}
+    unknown = sorted(set(overrides) - set(sizes))
+    if unknown:
+        raise SamletError(f"{kind} has no {', '.join(unknown)}; it has {', '.join(sizes)}")
+    sizes.update({name: value for name, value in overrides.items() if value is not None})
+    arch = {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+    _check(kind, image_size, arch)
+    encoder_sizes = {name: value for name, value in arch.items() if name not in _DECODER}
+    return Sam(
+        TinyViT(**encoder_sizes) if kind == "vit_t" else ImageEncoderViT(image_size, **encoder_sizes),
+        PromptEncoder(image_size),
+        MaskDecoder(arch["decoder_depth"], arch["decoder_mlp_dim"]),
+        {"kind": kind, "image_size": image_size, **arch},
+    )
+
+
+def _check(kind: str, image_size: int, arch: dict[str, Any]) -> None:
+    if image_size < 2 * STRIDE or image_size % STRIDE:
+        raise SamletError(f"image_size {image_size}: must be a multiple of {STRIDE}, {2 * STRIDE} or more")
+    if arch["decoder_depth"] < 1:
+        raise SamletError("decoder_depth: must be 1 or more")
+    if kind == "vit_t":
+        _check_tiny(arch)
+    elif arch["embed_dim"] % arch["num_heads"]:
+        raise SamletError(f"embed_dim {arch['embed_dim']} cannot be shared by {arch['num_heads']} heads")
+
+
+def _check_tiny(arch: dict[str, Any]) -> None:
+    for name in ("embed_dims", "depths", "num_heads", "window_sizes"):
+        if len(arch[name]) != 4 or min(arch[name]) < 1:
+            raise SamletError(f"{name} {arch[name]}: vit_t has four stages, one positive number for each")
+    for dim, heads in list(zip(arch["embed_dims"], arch["num_heads"], strict=True))[1:]:
+        if dim % heads:
+            raise SamletError(f"embed_dims {arch['embed_dims']}: {dim} cannot be shared by {heads} heads")

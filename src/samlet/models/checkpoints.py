@@ -1,0 +1,255 @@
+"""Weights from and to disk: upstream .pt/.pth, safetensors, runs of samlet, Hugging Face folders.
+
+Reading is strict (every key and shape), executes nothing (`weights_only`, never a fallback), and turns whatever a
+damaged or foreign file does into one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 - the name of an error; nothing is unpickled
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from samlet.artefacts import MANIFEST, read_manifest, write_file
+from samlet.errors import CheckpointError, SamletError
+from samlet.frames import PIXEL_MEAN, PIXEL_STD
+from samlet.models import hf
+from samlet.models.arch import infer_arch as infer_arch
+from samlet.models.build import build_sam
+from samlet.models.vit import PATCH
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from samlet.models.sam import Sam
+
+STUDENT = "student.safetensors"  # in a run's checkpoint directory
+ARCH, DIGEST = "samlet_arch", "samlet_sha256"  # keys of our safetensors' metadata
+_ZIP, _LEGACY = b"PK\x03\x04", b"\x80"
+
+
+def load_sam(path: Path | str, image_size: int | None = None, **overrides: Any) -> Sam:
+    """A model in eval mode, on the CPU, in float32; its kind and sizes are read off the tensors.
+
+    `path`: upstream's .pt or .pth, a safetensors file, a run of samlet or its `best`, a Hugging Face SamModel folder.
+    `image_size`: input size, where it is not the one that the file tells (upstream's TinyViT tells none: 1024). A ViT's
+    absolute positions are then resampled bicubically and the relative ones of its global blocks linearly, as upstream
+    does with the latter. `overrides` replace sizes that were read.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign, or does not fit the model key by key.
+    """
+    file, is_hf = _locate(Path(path))
+    state, arch = _read(file)
+    if is_hf:
+        hf.check_config(file.parent)
+        state = hf.to_upstream(state)
+    try:
+        _drop_pixel_buffers(state)
+        arch = arch or infer_arch(state)
+        arch.update({**overrides, "image_size": image_size or arch["image_size"]})
+        with torch.device("meta"):
+            sam = build_sam(**arch)
+        _resample_positions(state, sam)
+        _fill(sam, state)
+    except (SamletError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return sam.eval()
+
+
+def save_sam_safetensors(sam: Sam, path: Path) -> None:
+    """Write weights with the model's sizes and a digest in the metadata, whole or not at all.
+
+    Raises:
+        SamletError: the disk is full, or not ours to write.
+    """
+    state = plain_state(sam)
+    arch = json.dumps(sam.arch, sort_keys=True)
+    metadata = {"format": "pt", ARCH: arch, DIGEST: _digest(state, arch)}
+    content = save(state, metadata)
+    write_file(path, lambda place: place.write_bytes(content))
+
+
+def save_sam_upstream(sam: Sam, path: Path) -> None:
+    """Write the plain state_dict under upstream's names, as mobile_sam.pt and sam_vit_*.pth are, whole or not at all.
+
+    Raises:
+        SamletError: the disk is full, or not ours to write.
+    """
+    content = io.BytesIO()  # into a file, torch would write the file's name too, and equal weights differ
+    torch.save(plain_state(sam), content)
+    write_file(path, lambda place: place.write_bytes(content.getbuffer()))
+
+
+def plain_state(sam: Sam) -> dict[str, Tensor]:
+    """The state_dict as contiguous CPU tensors in a plain dict."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sam.state_dict().items()}
+
+
+def _locate(path: Path) -> tuple[Path, bool]:
+    """The weights file that a path means, and whether it is a Hugging Face folder's."""
+    if path.is_file():
+        return path, False
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    for folder in (path, path / "best"):
+        if (folder / STUDENT).is_file():
+            if (folder / MANIFEST).is_file():
+                read_manifest(folder)
+            return folder / STUDENT, False
+    if hf.is_hf_folder(path):
+        if (path / hf.WEIGHTS).is_file():
+            return path / hf.WEIGHTS, True
+        raise CheckpointError(f"{path}: has {hf.CONFIG} but no {hf.WEIGHTS}; save the model as one safetensors file")
+    raise CheckpointError(
+        f"{path}: holds no model: neither {STUDENT} (a run of samlet) nor {hf.CONFIG} with {hf.WEIGHTS} (Hugging Face)"
+    )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors by name, and the sizes if the file tells them; decided by the content, not by the file's name."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(512)
+        if start.startswith(_ZIP):
+            return _read_torch(file), None
+        if start[8:9] == b"{":
+            return _read_safetensors(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(f"{file}: {_what_is(start)}")
+
+
+def _what_is(start: bytes) -> str:
+    text = start.lstrip().lower()
+    if not start:
+        return "is empty: copy or download it again"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not weights: download it again, from the address of the file itself"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not weights: run `git lfs pull`"
+    if start.startswith(_LEGACY):
+        return (
+            "is a bare pickle, which can run code and is never opened: save a state_dict with torch.save (1.6 or newer)"
+        )
+    return "is neither a torch checkpoint nor safetensors, or is damaged at its start: copy or download it again"
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    damaged = "damaged or cut short: copy or download it again"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f"{file}: {damaged} (checksum of {broken})")
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{file}: holds more than tensors, so opening it could run code; nothing was run. "
+            "Save its state_dict alone, or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file}: {damaged} ({_first_line(error)})") from error
+    return _tensors(file, content)
+
+
+def _tensors(file: Path, content: Any) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        foreign = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+        if not foreign:
+            return {str(name): value for name, value in content.items()}
+        inner = [name for name in foreign if isinstance(content.get(name), Mapping)]
+        if inner:
+            raise CheckpointError(
+                f"{file}: a training checkpoint of another tool with the parts {_some(map(str, content))}, not a plain "
+                f"state_dict: save its part '{inner[0]}' alone, under upstream's names"
+            )
+        raise CheckpointError(f"{file}: not a plain state_dict: {_some(foreign)} is no tensor")
+    raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a state_dict of tensors by name")
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    try:
+        with safe_open(file, framework="pt") as archive:
+            metadata = archive.metadata() or {}
+            state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(
+            f"{file}: damaged or cut short: copy or download it again ({_first_line(error)})"
+        ) from error
+    if ARCH not in metadata:
+        return state, None
+    if metadata.get(DIGEST) != _digest(state, metadata[ARCH]):
+        raise CheckpointError(f"{file}: damaged: its content is not what its own digest says; copy it again")
+    return state, dict(json.loads(metadata[ARCH]))
+
+
+def _digest(state: Mapping[str, Tensor], arch: str) -> str:
+    digest = hashlib.sha256(arch.encode())
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _drop_pixel_buffers(state: dict[str, Tensor]) -> None:
+    """Upstream computes them; some tools save them. They are constants."""
+    for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+        found = state.pop(name, None)
+        if found is not None and not torch.allclose(found.flatten().float(), torch.tensor(value), atol=1e-3):
+            raise CheckpointError(f"{name} is {found.flatten().tolist()}; SAM's preprocessing has {value}")
+
+
+def _resample_positions(state: dict[str, Tensor], sam: Sam) -> None:
+    """Bring a ViT's positional tables to the model's input size."""
+    table = state.get("image_encoder.pos_embed")
+    grid = sam.image_size // PATCH
+    if table is None or sam.kind == "vit_t" or table.ndim != 4 or table.shape[1] == grid:
+        return
+    maps = F.interpolate(table.float().permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False)
+    state["image_encoder.pos_embed"] = maps.permute(0, 2, 3, 1)
+    for index in sam.arch["global_attn_indexes"]:
+        for axis in "hw":
+            name = f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
+            rows = state[name].float().T[None]
+            state[name] = F.interpolate(rows, 2 * grid - 1, mode="linear", align_corners=False)[0].T
+
+
+def _fill(sam: Sam, state: dict[str, Tensor]) -> None:
+    """Give a model on the meta device its weights; every key and shape must fit."""
+    expected = sam.state_dict()
+    problems = [
+        ("misses", [name for name in expected if name not in state]),
+        ("has unexpected", [name for name in state if name not in expected]),
+        ("has other shapes for", [n for n, x in expected.items() if n in state and state[n].shape != x.shape]),
+    ]
+    if any(names for _, names in problems):
+        kind = f"{sam.kind} of the sizes found"
+        told = "; it ".join(f"{what} {_some(names)}" for what, names in problems if names)
+        raise CheckpointError(f"does not fit a SAM-1 {kind}: it {told}")
+    for name in list(state):
+        state[name] = state[name].to(expected[name].dtype, copy=True).contiguous()
+    sam.load_state_dict(state, assign=True)
+    # Buffers that no file holds are still on the meta device.
+    sam.pixel_mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
+    sam.pixel_std = torch.tensor(PIXEL_STD).view(3, 1, 1)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

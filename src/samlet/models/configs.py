@@ -1,0 +1,88 @@
+"""What a configuration file may say about a model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from samlet.schema import ExistingPath, StrictModel
+
+if TYPE_CHECKING:
+    from samlet.models.sam import Sam
+
+Kind = Literal["vit_t", "vit_b", "vit_l", "vit_h"]
+VIT_T_ONLY = ("embed_dims", "depths", "window_sizes", "num_classes")
+VIT_ONLY = ("embed_dim", "depth", "global_attn_indexes", "window_size")
+
+
+class EncoderConfig(StrictModel):
+    """Sizes that differ from those of the kind; what is left out stays as published."""
+
+    embed_dims: list[int] | None = None
+    """vit_t: channels of the four stages."""
+    depths: list[int] | None = None
+    """vit_t: blocks in each of the four stages."""
+    window_sizes: list[int] | None = None
+    """vit_t: side of the attention windows of each stage, in tokens."""
+    num_classes: int | None = Field(None, ge=0)
+    """vit_t: width of the unused classifier, which loaders of mobile_sam.pt expect to be 1000."""
+    embed_dim: int | None = Field(None, ge=1)
+    """vit_b, vit_l, vit_h: channels of all blocks."""
+    depth: int | None = Field(None, ge=1)
+    """vit_b, vit_l, vit_h: number of blocks."""
+    global_attn_indexes: list[int] | None = None
+    """vit_b, vit_l, vit_h: blocks that attend to the whole image."""
+    window_size: int | None = Field(None, ge=1)
+    """vit_b, vit_l, vit_h: side of the attention windows of the other blocks, in tokens."""
+    num_heads: int | list[int] | None = None
+    """Attention heads; a list of four for vit_t."""
+    mlp_ratio: float | None = Field(None, gt=0)
+    """Width of the MLPs in units of the block's channels."""
+
+
+class ModelConfig(StrictModel):
+    """A SAM: its kind, where its weights come from, and how it is trained."""
+
+    kind: Kind = "vit_t"
+    """Image encoder: MobileSAM's TinyViT (vit_t) or SAM's ViT of three sizes."""
+    checkpoint: ExistingPath | None = None
+    """Weights to start from: a .pt or .pth file, .safetensors, a run of samlet, or a Hugging Face SamModel folder."""
+    image_size: int = Field(1024, ge=32, multiple_of=16)
+    """Side of the square the encoder sees, in pixels; a multiple of 16."""
+    encoder: EncoderConfig = EncoderConfig()
+    """Sizes of the encoder, where they differ from the published ones."""
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    """Whether BatchNorm statistics stay as they are (right for small batches and pretrained weights) or train."""
+
+    def mistakes(self) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        """Sizes that belong to another kind of encoder."""
+        foreign = VIT_ONLY if self.kind == "vit_t" else VIT_T_ONLY
+        for name in foreign:
+            if getattr(self.encoder, name) is not None:
+                yield ("encoder", name), f"{self.kind} has no such size"
+        heads = self.encoder.num_heads
+        if heads is not None and isinstance(heads, list) != (self.kind == "vit_t"):
+            yield ("encoder", "num_heads"), "must be a list of four for vit_t, one number for the others"
+
+    def build(self) -> Sam:
+        """The model with the checkpoint's weights, or fresh ones from torch's global generator; on the CPU.
+
+        Raises:
+            SamletError: sizes that do not fit; a checkpoint that is damaged, foreign or of another kind.
+        """
+        from samlet.errors import CheckpointError
+        from samlet.models.build import build_sam
+        from samlet.models.checkpoints import load_sam
+        from samlet.models.norms import freeze_batch_norm
+
+        sizes = self.encoder.model_dump(exclude_none=True)
+        if self.checkpoint is None:
+            sam = build_sam(self.kind, self.image_size, **sizes)
+        else:
+            sam = load_sam(self.checkpoint, self.image_size, **sizes)
+        if sam.kind != self.kind:
+            raise CheckpointError(f"{self.checkpoint}: holds a {sam.kind}, the configuration says kind: {self.kind}")
+        freeze_batch_norm(sam, self.batch_norm == "frozen")
+        return sam
