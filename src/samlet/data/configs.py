@@ -1,0 +1,148 @@
+"""Configuration of the data: where it lies, how prompts are drawn, how images are varied. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from samlet.data.formats import FormatName
+from samlet.schema import ExistingPath, Loc, StrictModel
+
+if TYPE_CHECKING:
+    from samlet.data.dataset import SegmentationDataset, ValidationSet
+    from samlet.data.prompts import PromptSettings
+    from samlet.data.transforms import Augmentation
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class PromptConfig(StrictModel):
+    """How clicks and boxes are drawn from masks in training."""
+
+    positive_points: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
+    """Fewest and most clicks on the object."""
+    negative_points: tuple[Count, Count] = (0, 0)
+    """Fewest and most clicks beside the object."""
+    box_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Each edge of a box moves by up to this share of the side, at most 20 pixels at 1024, in or out."""
+    mix: tuple[Weight, Weight, Weight] = (0.4, 0.4, 0.2)
+    """Weights of points, box, and box with points in mode `mixed`."""
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """Ranges that are upside down, weights that are all zero."""
+        for name in ("positive_points", "negative_points"):
+            low, high = getattr(self, name)
+            if low > high:
+                yield (name,), f"the fewest ({low}) is more than the most ({high})"
+        if sum(self.mix) == 0:
+            yield ("mix",), "all weights are 0; give one of points, box, both a positive weight"
+
+    def build(self, mode: Literal["point", "box", "mixed"]) -> PromptSettings:
+        """The settings of `data.prompts`."""
+        from samlet.data.prompts import PromptSettings
+
+        return PromptSettings(mode, self.positive_points, self.negative_points, self.box_jitter, self.mix)
+
+
+class AugmentationConfig(StrictModel):
+    """Random variation of training images; masks and prompts follow."""
+
+    enable: bool = True
+    """false: every image is laid into the input frame as it is."""
+    horizontal_flip: Share = 0.5
+    """Probability of a mirror image."""
+    vertical_flip: Share = 0.0
+    """Probability of an upside-down image; for views from above."""
+    scale: tuple[Annotated[float, Field(ge=0.1, le=10)], Annotated[float, Field(ge=0.1, le=10)]] = (0.75, 1.5)
+    """Smallest and largest size relative to the fit; below 1 leaves padding, above 1 a random window is cut."""
+    crop: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Largest share of each side that is cut away at random before scaling."""
+    brightness: Share = 0.2
+    """Brightness is multiplied by 1 - b .. 1 + b."""
+    contrast: Share = 0.2
+    """As brightness, for the distance from the mean grey."""
+    saturation: Share = 0.2
+    """As brightness, for the distance from grey."""
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """A range that is upside down."""
+        if self.scale[0] > self.scale[1]:
+            yield ("scale",), f"the smallest ({self.scale[0]}) is more than the largest ({self.scale[1]})"
+
+    def build(self) -> Augmentation:
+        """The settings of `data.transforms`."""
+        from samlet.data.transforms import Augmentation
+
+        return Augmentation(**self.model_dump(exclude={"enable"})) if self.enable else Augmentation()
+
+
+class DatasetConfig(StrictModel):
+    """Images and masks, and how training draws from them."""
+
+    root: ExistingPath
+    """The data set's folder."""
+    train: str = "train"
+    """The training split: a folder or annotation file below root; where absent, root itself is one split."""
+    val: str = "val"
+    """The validation split; where absent, val_fraction of the training split is kept for it."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the images kept for validation where there is no such split; chosen by seed and image id."""
+    format: FormatName = "auto"
+    """How masks are written; auto finds out and says so."""
+    mode: Literal["point", "box", "mixed"] = "mixed"
+    """The prompts of training."""
+    objects_per_image: Annotated[int, Field(ge=1)] = 8
+    """Most objects that are drawn from an image in a step; the encoder runs once for all of them."""
+    min_area: Annotated[int, Field(ge=1)] = 9
+    """Objects with fewer visible pixels in the input frame are not drawn."""
+    unlabelled: Literal["refuse", "use"] = "refuse"
+    """Images without masks: refuse them, or use them for what a teacher says."""
+    labelled_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the training images whose masks are used, chosen by seed and id; the others count as unlabelled."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """Files that cannot be read or used: stop with their path, or take another and report the path."""
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """Left-out labels without leave to use unlabelled images."""
+        if self.labelled_fraction < 1 and self.unlabelled == "refuse":
+            yield ("labelled_fraction",), "below 1 makes images unlabelled; set dataset.unlabelled to use"
+
+    def build_train(
+        self, *, image_size: int, seed: int, prompts: PromptConfig, augmentation: AugmentationConfig
+    ) -> SegmentationDataset:
+        """The training images.
+
+        Raises:
+            DataError: there are none, or some are refused.
+        """
+        from samlet.data.dataset import SegmentationDataset
+        from samlet.data.splits import train_split
+
+        split = train_split(self, seed)
+        return SegmentationDataset(
+            split.records,
+            image_size=image_size,
+            seed=seed,
+            prompts=prompts.build(self.mode),
+            augmentation=augmentation.build(),
+            objects_per_image=self.objects_per_image,
+            min_area=self.min_area,
+            broken=self.broken,
+            problems=split.problems,
+        )
+
+    def build_val(self, *, seed: int) -> ValidationSet:
+        """The validation images with all their objects.
+
+        Raises:
+            DataError: there are none, or some are refused.
+        """
+        from samlet.data.dataset import ValidationSet
+        from samlet.data.splits import val_split
+
+        split = val_split(self, seed)
+        return ValidationSet(split.records, broken=self.broken, problems=split.problems)

@@ -1,0 +1,312 @@
+"""Training samples and validation images; the only module of the data room that makes tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from samlet.data.images import read_image
+from samlet.data.masks import centre_point, mask_box
+from samlet.data.prompts import PromptRow, PromptSettings, draw_blind_prompt, draw_prompt
+from samlet.data.records import ObjectMasks, Problem, Record, read_masks
+from samlet.data.sampler import SampleKey
+from samlet.data.streams import Stream, generator
+from samlet.data.transforms import (
+    Augmentation,
+    Geometry,
+    change_colour,
+    coverage,
+    draw_colour,
+    draw_geometry,
+    transform_image,
+    transform_mask,
+    whole,
+)
+from samlet.errors import DataError
+from samlet.frames import LOW_RES_STRIDE, normalize_and_pad
+from samlet.types import PADDING, Batch, Prompts, Sample
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float32, UInt8
+
+Policy = Literal["refuse", "skip"]
+Mask = np.ndarray
+
+
+class SegmentationDataset(Dataset[Sample]):
+    """One image with a draw of its objects and a prompt for each; `dataset[key]` is a pure function of seed and key.
+
+    A sample has at least one prompt. Where no object is visible after augmentation the image is taken
+    unaugmented; where none is visible then either, the prompt is drawn blind, is not `labelled`, and the image
+    is reported in `Sample.skipped`.
+
+    Args:
+        records: the images, in an order that no run changes.
+        image_size: side S of the input frame.
+        seed: the run's seed.
+        prompts: how prompts are drawn; the default draws single clicks, boxes, and both.
+        augmentation: how images are varied; the default leaves them as they are.
+        objects_per_image: most objects of a sample.
+        min_area: fewest visible pixels in the input frame of an object that is drawn.
+        broken: what to do where a file cannot be used.
+        problems: what was wrong with files that are not among the records.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        image_size: int,
+        seed: int,
+        prompts: PromptSettings | None = None,
+        augmentation: Augmentation | None = None,
+        objects_per_image: int = 8,
+        min_area: int = 9,
+        broken: Policy = "refuse",
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        self.records, self.problems = tuple(records), tuple(problems)
+        self.image_size, self.seed = image_size, seed
+        self.prompts = PromptSettings() if prompts is None else prompts
+        self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.objects_per_image, self.min_area, self.broken = objects_per_image, min_area, broken
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """The ids of all images by index."""
+        return tuple(record.image_id for record in self.records)
+
+    @property
+    def num_labelled(self) -> int:
+        """Images whose masks are used."""
+        return sum(record.open_masks is not None for record in self.records)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """The sample of an epoch and index; with `broken` "skip" an unusable image gives way to the next index.
+
+        Raises:
+            DataError: a file cannot be used and `broken` is "refuse", or no image can be read at all.
+        """
+        skipped: list[str] = []
+        for step in range(len(self.records)):
+            at = SampleKey(key.epoch, (key.index + step) % len(self.records))
+            try:
+                return self._sample(at, skipped)
+            except DataError as error:
+                self._report(error, skipped)
+        raise DataError(f"None of {len(self.records)} images can be read; the first: {skipped[0]}")
+
+    def _report(self, error: DataError, skipped: list[str]) -> None:
+        if self.broken == "refuse":
+            raise error
+        skipped.append(str(error))
+
+    def _sample(self, key: SampleKey, skipped: list[str]) -> Sample:
+        record = self.records[key.index]
+        image = read_image(record.image_path)
+        size = (image.shape[0], image.shape[1])
+        draw = generator(Stream.GEOMETRY, self.seed, *key)
+        geometry = draw_geometry(draw, size, self.image_size, self.augmentation)
+        objects: list[tuple[int, Mask]] = []
+        if record.open_masks is not None:
+            masks = record.open_masks(size)
+            objects = self._objects(masks, geometry, key, skipped)
+            if not objects and geometry != (plain := whole(size, self.image_size)):
+                geometry, objects = plain, self._objects(masks, plain, key, skipped)
+            if not objects:
+                skipped.append(
+                    f"{record.image_path}: none of its objects has {self.min_area} pixels in the input frame"
+                )
+        colour = draw_colour(generator(Stream.COLOUR, self.seed, *key), self.augmentation)
+        resized = change_colour(transform_image(image, geometry), colour)
+        rows = self._rows(objects, geometry, key)
+        grids = [coverage(mask, self.image_size) for _, mask in objects]
+        return Sample(
+            pixels=normalize_and_pad(resized, self.image_size),
+            input_size=geometry.size,
+            prompts=stack_rows(rows),
+            masks=self._ground_truth(grids, len(rows)),
+            labelled=torch.full((len(rows),), bool(objects)),
+            image_id=record.image_id,
+            skipped=tuple(skipped),
+        )
+
+    def _objects(
+        self, masks: ObjectMasks, geometry: Geometry, key: SampleKey, skipped: list[str]
+    ) -> list[tuple[int, Mask]]:
+        """Up to `objects_per_image` visible objects in random order; masks are read one by one until enough are."""
+        chosen: list[tuple[int, Mask]] = []
+        for index in generator(Stream.OBJECTS, self.seed, *key).permutation(len(masks)):
+            try:
+                mask = transform_mask(masks.read(int(index)), geometry)
+            except DataError as error:
+                if str(error) not in skipped:
+                    self._report(error, skipped)
+                continue
+            if np.count_nonzero(mask) >= self.min_area:
+                chosen.append((int(index), mask))
+            if len(chosen) == self.objects_per_image:
+                break
+        return chosen
+
+    def _rows(self, objects: list[tuple[int, Mask]], geometry: Geometry, key: SampleKey) -> list[PromptRow]:
+        """A prompt for each object, or `objects_per_image` blind ones where there is none."""
+        if objects:
+            return [
+                draw_prompt(self._prompt_rng(key, index), mask, self.image_size, self.prompts)
+                for index, mask in objects
+            ]
+        return [
+            draw_blind_prompt(self._prompt_rng(key, index), geometry.size, self.prompts)
+            for index in range(self.objects_per_image)
+        ]
+
+    def _prompt_rng(self, key: SampleKey, item: int) -> np.random.Generator:
+        return generator(Stream.PROMPT, self.seed, *key, item)
+
+    def _ground_truth(self, grids: list[Float32[np.ndarray, "h w"]], count: int) -> torch.Tensor:
+        side = self.image_size // LOW_RES_STRIDE
+        return torch.from_numpy(np.stack(grids)) if grids else torch.zeros(count, side, side)
+
+
+def stack_rows(rows: Sequence[PromptRow]) -> Prompts:
+    """Prompts of one image; rows of fewer tokens are filled with `absent` ones."""
+    length = max(len(row.labels) for row in rows)
+    coords = np.zeros((len(rows), length, 2), np.float32)
+    labels = np.full((len(rows), length), PADDING, np.int64)
+    absent = np.ones((len(rows), length), np.bool_)
+    for place, row in enumerate(rows):
+        count = len(row.labels)
+        coords[place, :count], labels[place, :count], absent[place, :count] = row.coords, row.labels, False
+    return Prompts(
+        image_index=torch.zeros(len(rows), dtype=torch.int64),
+        point_coords=torch.from_numpy(coords),
+        point_labels=torch.from_numpy(labels),
+        absent=torch.from_numpy(absent) if absent.any() else None,
+    )
+
+
+def _widen(tensor: torch.Tensor, length: int, value: float) -> torch.Tensor:
+    shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, tensor.new_full(shape, value)], dim=1)
+
+
+def join_prompts(parts: Sequence[Prompts]) -> Prompts:
+    """Prompts of image 0, 1, ... one after the other; tokens that a row lacks are `absent`.
+
+    Raises:
+        ValueError: some have mask inputs and some have not.
+    """
+    length = max(part.point_labels.shape[1] for part in parts)
+    holes = [
+        torch.zeros_like(part.point_labels, dtype=torch.bool) if part.absent is None else part.absent for part in parts
+    ]
+    absent = torch.cat([_widen(hole, length, True) for hole in holes])
+    inputs = [part.mask_input for part in parts if part.mask_input is not None]
+    if inputs and len(inputs) < len(parts):
+        raise ValueError("either all prompts or none have a mask input")
+    return Prompts(
+        image_index=torch.cat([torch.full_like(part.image_index, place) for place, part in enumerate(parts)]),
+        point_coords=torch.cat([_widen(part.point_coords, length, 0) for part in parts]),
+        point_labels=torch.cat([_widen(part.point_labels, length, PADDING) for part in parts]),
+        mask_input=torch.cat(inputs) if inputs else None,
+        absent=absent if bool(absent.any()) else None,
+    )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples side by side; `image_index` tells whose each prompt is."""
+    return Batch(
+        pixels=torch.stack([sample.pixels for sample in samples]),
+        input_sizes=torch.tensor([sample.input_size for sample in samples], dtype=torch.int64),
+        prompts=join_prompts([sample.prompts for sample in samples]),
+        masks=torch.cat([sample.masks for sample in samples]),
+        labelled=torch.cat([sample.labelled for sample in samples]),
+        image_ids=tuple(sample.image_id for sample in samples),
+        skipped=tuple(reason for sample in samples for reason in sample.skipped),
+    )
+
+
+class EvalImage(NamedTuple):
+    """One validation image in the original frame with all its O objects; numpy throughout."""
+
+    image_id: str
+    image: UInt8[np.ndarray, "H W 3"]
+    masks: Bool[np.ndarray, "O H W"]
+    points: Float32[np.ndarray, "O 2"]  # (x, y): the most interior pixel of each object
+    boxes: Float32[np.ndarray, "O 4"]  # (x0, y0, x1, y1), from pixel edge to pixel edge
+    skipped: tuple[str, ...] = ()  # what could not be used, where the policy is to skip
+
+
+class ValidationSet:
+    """Validation images at their original resolution with deterministic prompts; nothing is drawn.
+
+    Args:
+        records: labelled images.
+        broken: "refuse" raises on what cannot be used; "skip" leaves it out and reports it in `EvalImage.skipped`.
+        problems: what was wrong with files that are not among the records.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], *, broken: Policy = "refuse", problems: Sequence[Problem] = ()
+    ) -> None:
+        self.records, self.problems, self.broken = tuple(records), tuple(problems), broken
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[EvalImage]:
+        return (self.item(index) for index in range(len(self)))
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """The ids of all images by index."""
+        return tuple(record.image_id for record in self.records)
+
+    def item(self, index: int) -> EvalImage:
+        """An image and all its objects; without objects where the policy is to skip and nothing can be used.
+
+        Raises:
+            DataError: a file cannot be used and the policy is to refuse.
+        """
+        record, skipped = self.records[index], list[str]()
+        image = self._image(record, skipped)
+        size = (image.shape[0], image.shape[1])
+        masks = self._masks(record, size, skipped)
+        return EvalImage(
+            image_id=record.image_id,
+            image=image,
+            masks=np.stack(masks) if masks else np.zeros((0, *size), np.bool_),
+            points=np.array([centre_point(mask) for mask in masks], np.float32).reshape(-1, 2),
+            boxes=np.array([mask_box(mask) for mask in masks], np.float32).reshape(-1, 4),
+            skipped=tuple(skipped),
+        )
+
+    def _image(self, record: Record, skipped: list[str]) -> UInt8[np.ndarray, "H W 3"]:
+        try:
+            return read_image(record.image_path)
+        except DataError as error:
+            if self.broken == "refuse":
+                raise
+            skipped.append(str(error))
+            return np.zeros((1, 1, 3), np.uint8)
+
+    def _masks(self, record: Record, size: tuple[int, int], skipped: list[str]) -> list[Mask]:
+        if record.open_masks is None or skipped:
+            return []
+        masks: list[Mask] = []
+        for mask in read_masks(record.open_masks, size):
+            if not isinstance(mask, DataError):
+                masks.append(mask)
+            elif self.broken == "refuse":
+                raise mask
+            else:
+                skipped.append(str(mask))
+        return masks

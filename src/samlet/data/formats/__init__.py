@@ -1,0 +1,60 @@
+"""The formats of data sets: one module each with `matches(place)` and `read(place, root)`; order is preference."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from samlet.errors import DataError
+
+if TYPE_CHECKING:
+    from samlet.data.records import Found
+
+FormatName = Literal["auto", "mask_folders", "instance_labels", "coco", "sa1b"]
+FORMATS = ("mask_folders", "instance_labels", "coco", "sa1b")
+
+
+class Format(Protocol):
+    """What a format's module offers. A place is a split's folder, or its annotation file; it need not exist."""
+
+    def matches(self, place: Path) -> bool:
+        """Whether the split is written this way."""
+
+    def read(self, place: Path, root: Path) -> Found:
+        """Every image of the split; files that lead out of `root` are refused."""
+
+
+def load_format(name: str) -> Format:
+    """The module of a format."""
+    return cast(Format, importlib.import_module(f"{__name__}.{name}"))
+
+
+def split_place(root: Path, split: str | None) -> Path:
+    """Where a split lies: `root` itself for None."""
+    return root if split is None else root / split
+
+
+def exists(root: Path, split: str) -> bool:
+    """Whether a data set has this split, in any format."""
+    place = split_place(root, split)
+    return place.exists() or any(load_format(name).matches(place) for name in FORMATS)
+
+
+def read_split(root: Path, split: str | None, format: FormatName = "auto") -> Found:
+    """Read a split in the given format, or in the first that matches; the others are named in `also_seen`.
+
+    A folder of images that matches no format is read as mask folders: all of it is unlabelled.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    place = split_place(root, split)
+    if format != "auto":
+        return load_format(format).read(place, root)
+    seen = tuple(name for name in FORMATS if load_format(name).matches(place))
+    if not seen and not place.is_dir():
+        raise DataError(f"{place}: there is no such folder; name the split's folder or annotation file")
+    found = load_format(seen[0] if seen else "mask_folders").read(place, root)
+    found.also_seen = seen[1:]
+    return found

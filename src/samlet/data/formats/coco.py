@@ -1,0 +1,216 @@
+"""COCO instances: one JSON a split with polygons or runs; crowd regions are left out and counted.
+
+The JSON is `<split>.json` beside the split's folder, any single COCO file in that folder, or lies in
+`annotations/`; image files are looked up by `file_name` in the usual folders and never outside the data set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from samlet.data.images import contained
+from samlet.data.records import Found, Record, identity, list_images, open_segmentations
+from samlet.data.segmentations import flaw
+from samlet.errors import DataError
+
+_SNIFFED = 1 << 16  # bytes in which a COCO file shows one of its keys
+_NAMES = ("_annotations.coco.json", "annotations.json", "instances.json", "coco.json", "labels.json")
+
+
+def _candidates(place: Path) -> Iterator[Path]:
+    if place.suffix.lower() == ".json":
+        yield place
+    yield place.with_name(f"{place.name}.json")
+    yield from (place / name for name in _NAMES)
+    for folder in (place / "annotations", place.parent / "annotations", place.parent):
+        yield folder / f"{place.name}.json"
+        yield from sorted(folder.glob(f"instances_{place.name}*.json"))
+    if place.is_dir():
+        yield from sorted(place.glob("*.json"))
+
+
+def _looks_like_coco(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(_SNIFFED)
+    except OSError:
+        return False
+    is_sa1b = b'"image"' in head  # SA-1B's files hold one image
+    return not is_sa1b and any(key in head for key in (b'"images"', b'"annotations"', b'"categories"'))
+
+
+def annotation_files(place: Path) -> list[Path]:
+    """COCO files of a split, the likeliest first."""
+    files = dict.fromkeys(path for path in _candidates(place) if path.is_file())
+    return [path for path in files if _looks_like_coco(path)]
+
+
+def matches(place: Path) -> bool:
+    """Whether a split has a COCO file."""
+    return bool(annotation_files(place))
+
+
+def read(place: Path, root: Path) -> Found:
+    """The images of a COCO file with their segmentations; what is wrong with either is noted.
+
+    Raises:
+        DataError: there is no COCO file, or it is not JSON of COCO's form.
+    """
+    files = annotation_files(place)
+    if not files:
+        raise DataError(f"{place}: there is no COCO annotation file; name it in dataset.train or dataset.val")
+    found = Found("coco")
+    for other in files[1:]:
+        found.warn(other, f"is not used; {files[0].name} is taken")
+    return _Reader(files[0], _image_folders(place, files[0]), root, found).read()
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DataError: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds a {type(value).__name__}, not an object with images and annotations")
+    return value
+
+
+def _image_folders(place: Path, file: Path) -> list[Path]:
+    split = place if place.suffix.lower() != ".json" else place.with_suffix("")
+    base = split.parent if file.parent != split else split
+    names = [split / "images", split / "image", split, file.parent / "images", file.parent / "image", file.parent]
+    names += [base / "images" / split.name, base / "images", base]
+    names += sorted(path for path in base.glob(f"{split.name}*") if path.is_dir())  # train2017
+    return [folder for folder in dict.fromkeys(names) if folder.is_dir()]
+
+
+class _Reader:
+    """One COCO file on its way into records."""
+
+    def __init__(self, file: Path, folders: list[Path], root: Path, found: Found) -> None:
+        self.file, self.folders, self.root, self.found = file, folders, root, found
+        content = load_json(file)
+        self.images = self._list(content, "images")
+        self.annotations = self._list(content, "annotations")
+        categories = self._list(content, "categories") if "categories" in content else []
+        self.categories = {category.get("id") for category in categories}
+
+    def _list(self, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
+        items = content.get(key)
+        if not isinstance(items, list):
+            raise DataError(f"{self.file}: has no list of {key}; it is not COCO")
+        sound = [item for item in items if isinstance(item, dict)]
+        if len(sound) < len(items):
+            self.found.error(self.file, f"{len(items) - len(sound)} of its {key} are not objects")
+        return sound
+
+    def read(self) -> Found:
+        by_image = self._by_image()
+        used: dict[str, Path] = {}
+        seen = set[Any]()
+        for image in self.images:
+            path = self._locate(image, seen)
+            if path is None:
+                continue
+            image_id = identity(Path(str(image["file_name"])), Path())
+            if image_id.casefold() in used:
+                self.found.error(path, f"has the same name as {used[image_id.casefold()].name} but for case or suffix")
+                continue
+            used[image_id.casefold()] = path
+            self.found.records.append(self._record(image_id, path, image, by_image.get(image["id"], [])))
+        self._note_left_over(set(used.values()))
+        return self.found
+
+    def _locate(self, image: dict[str, Any], seen: set[Any]) -> Path | None:
+        """The image's file, or None with the reason noted."""
+        name, key = image.get("file_name"), image.get("id")
+        where = f"{self.file}: image {key}"
+        if not isinstance(name, str) or not name or not isinstance(key, int | str):
+            self.found.error(where, "has no file_name or no id")
+        elif key in seen:
+            self.found.error(where, f"has an id that another image has; {name} is not used")
+        elif "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            self.found.error(where, f"file_name {name!r} leads out of the data set")
+        else:
+            seen.add(key)
+            return self._existing(name, where)
+        return None
+
+    def _existing(self, name: str, where: str) -> Path | None:
+        path = next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+        if path is None:
+            self.found.error(where, f"its file {name} is not there")
+            return None
+        try:
+            return contained(path, self.root)
+        except DataError as error:
+            self.found.error(path, str(error).removeprefix(f"{path}: "))
+            return None
+
+    def _record(self, image_id: str, path: Path, image: dict[str, Any], items: list[dict[str, Any]]) -> Record:
+        written = image.get("height"), image.get("width")
+        sound = [(f"{self.file}: annotation {item.get('id')}", item["segmentation"]) for item in items]
+        return Record(image_id, path, partial(open_segmentations, tuple(sound), written) if sound else None)
+
+    def _by_image(self) -> dict[Any, list[dict[str, Any]]]:
+        """Sound annotations by the id of their image; flaws and crowd regions are noted."""
+        sizes = {
+            image["id"]: (image.get("height"), image.get("width"))
+            for image in self.images
+            if isinstance(image.get("id"), int | str)
+        }
+        by_image: dict[Any, list[dict[str, Any]]] = {}
+        seen, counts = set[Any](), Counter[str]()
+        for item in self.annotations:
+            if item.get("iscrowd"):
+                counts["crowd"] += 1
+            elif reason := self._flaw(item, sizes, seen):
+                self.found.error(f"{self.file}: annotation {item.get('id')}", reason)
+            else:
+                by_image.setdefault(item["image_id"], []).append(item)
+                counts["category"] += bool(self.categories) and item.get("category_id") not in self.categories
+        if counts["crowd"]:
+            self.found.warn(self.file, f"{counts['crowd']} crowd region(s) are not used")
+        if counts["category"]:
+            self.found.warn(self.file, f"{counts['category']} annotation(s) name a category that is not listed")
+        return by_image
+
+    def _flaw(self, item: dict[str, Any], sizes: dict[Any, tuple[Any, Any]], seen: set[Any]) -> str | None:
+        key, image_id = item.get("id"), item.get("image_id")
+        if not isinstance(image_id, int | str) or image_id not in sizes:
+            return f"belongs to image {image_id}, which is not listed"
+        if key is not None and (not isinstance(key, int | str) or key in seen):
+            return "has an id that another annotation has"
+        seen.add(key)
+        box = item.get("bbox")
+        if box is not None and not _is_box(box):
+            return f"its bbox {box} is not four finite numbers"
+        height, width = sizes[image_id]
+        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+            return f"image {image_id} has no height and width"
+        return flaw(item.get("segmentation"), (height, width))
+
+    def _note_left_over(self, used: set[Path]) -> None:
+        """Image files in the folder the images come from that no entry names."""
+        for folder in {path.parent for path in used}:
+            for path in list_images(folder, self.root, Found("coco"), deep=False).values():
+                if path not in used:
+                    self.found.warn(path, f"is not listed in {self.file.name}; it is not used")
+
+
+def _is_box(box: Any) -> bool:
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(value, int | float) and abs(value) < float("inf") for value in box)
+    )

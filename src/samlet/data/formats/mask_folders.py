@@ -1,0 +1,130 @@
+"""`images/<name>.jpg` with `masks/<name>/*.png`, one binary file an object, or `masks/<name>.png` for one object.
+
+`image/` and `mask/` are the same to it. Images without any mask are unlabelled.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from samlet.data.images import is_image_name, read_values
+from samlet.data.masks import binarize, check_size, holds_labels
+from samlet.data.records import (
+    Found,
+    MaskFiles,
+    OpenMasks,
+    Record,
+    first_folder,
+    folder_identity,
+    identity,
+    is_inside,
+    list_images,
+)
+from samlet.errors import DataError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+
+IMAGES, MASKS = ("images", "image"), ("masks", "mask")
+_LOOKED_AT = 8  # single mask files that are opened to tell binary masks from instance labels
+
+
+def label_like(files: list[Path]) -> bool:
+    """Whether the first files that can be read number several objects; soft-edged masks do not."""
+    return any(_numbers_objects(file) for file in files[:_LOOKED_AT])
+
+
+def _numbers_objects(file: Path) -> bool:
+    try:
+        return holds_labels(read_values(file))
+    except DataError:
+        return False  # said when its image is read
+
+
+def single_files(folder: Path) -> list[Path]:
+    """Mask files that lie in the folder itself."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and is_image_name(path))
+
+
+def matches(place: Path) -> bool:
+    """Whether a split's folder has masks as files of one object each."""
+    masks = first_folder(place, MASKS)
+    if masks is None:
+        return False
+    return any(path.is_dir() for path in masks.iterdir()) or not label_like(single_files(masks))
+
+
+class SingleMask:
+    """One file, one object."""
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        self.path, self.size = path, size
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        """The mask's file."""
+        return str(self.path)
+
+    def read(self, index: int) -> Bool[np.ndarray, "H W"]:
+        """Decode the file; one that numbers several objects is refused rather than merged."""
+        values = read_values(self.path)
+        check_size(self.path, (values.shape[0], values.shape[1]), self.size)
+        if holds_labels(values):
+            raise DataError(
+                f"{self.path}: numbers several objects in one file; set dataset.format to instance_labels, "
+                f"or save one file an object in a folder {self.path.with_suffix('').name}/"
+            )
+        mask = binarize(values)
+        if not mask.any():
+            raise DataError(f"{self.path}: the mask is empty; remove the file")
+        return mask
+
+
+def read(place: Path, root: Path) -> Found:
+    """All images of a split with the files of their masks; nothing is decoded."""
+    found = Found("mask_folders")
+    folder = first_folder(place, IMAGES) or place
+    masks = first_folder(place, MASKS)
+    images = list_images(folder, root, found, deep=folder != place)
+    single, several = _assign(masks, root, images, found) if masks else ({}, {})
+    for image_id, path in images.items():
+        if image_id in single and image_id in several:
+            found.warn(single[image_id], "is not used: the image has a folder of masks as well")
+        found.records.append(Record(image_id, path, _opener(several.get(image_id), single.get(image_id))))
+    return found
+
+
+def _opener(several: list[Path] | None, single: Path | None) -> OpenMasks | None:
+    if several:
+        return partial(MaskFiles, tuple(several))
+    return partial(SingleMask, single) if single else None
+
+
+def _assign(
+    masks: Path, root: Path, images: dict[str, Path], found: Found
+) -> tuple[dict[str, Path], dict[str, list[Path]]]:
+    """Mask files by the image they belong to: those of one file, and those in a folder of its name."""
+    single: dict[str, Path] = {}
+    several: dict[str, list[Path]] = {}
+    for path in sorted(masks.rglob("*")):
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if not is_image_name(path):
+            found.warn(path, "is not called like an image; it is not used as a mask")
+        elif not is_inside(path, root, found):
+            continue
+        elif (parent := folder_identity(path.parent, masks)) in images:
+            several.setdefault(parent, []).append(path)
+        elif (own := identity(path, masks)) not in images:
+            found.error(path, "is the mask of no image here; remove it, or name it after its image")
+        elif own in single:
+            found.error(path, f"is a second mask file of {own} beside {single[own].name}; keep one")
+        else:
+            single[own] = path
+    return single, several

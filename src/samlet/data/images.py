@@ -1,0 +1,169 @@
+"""Reading pictures safely: whatever lies on disk becomes RGB bytes, always the same ones, or a `DataError`.
+
+PIL alone decodes, from a short list of formats (so that no PostScript interpreter is started), and never a
+picture that is far larger on the screen than on disk. OpenCV hands out half-grey pictures for truncated files.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from samlet.errors import DataError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+MAX_PIXELS = 89_478_485  # PIL's own line between a large photograph and a decompression bomb
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What PIL's decoders raise on damaged bytes; they have no common ancestor of their own.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+           MemoryError, struct.error, zlib.error)  # fmt: skip
+
+
+class ImageInfo(NamedTuple):
+    """What an image's header says; nothing is decoded for it."""
+
+    size: tuple[int, int]  # (H, W), upright
+    format: str
+    mode: str
+    turned: bool  # EXIF asks for a rotation or a mirroring
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether a file is called like an image; upper case counts."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def contained(path: Path, root: Path) -> Path:
+    """`path` if it really lies under `root` once `..` and symbolic links are followed.
+
+    Raises:
+        DataError: it does not, or its name holds a NUL.
+    """
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"{str(path)!r}: is not a usable path ({error}); rename it") from error
+    if not inside:
+        raise DataError(f"{path}: leads out of {root}; files of a data set must lie inside its folder")
+    return path
+
+
+@contextmanager
+def _named(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into one sentence that names the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            yield
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: there is no such {kind}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise DataError(f"{path}: is larger than {MAX_PIXELS} pixels; make it smaller") from error
+        except (*_DAMAGE, Warning) as error:
+            reason = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
+            raise DataError(f"{path}: cannot be read as an {kind} ({reason}); replace or remove it") from error
+
+
+def _open(path: Path) -> Image.Image:
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty (0 bytes); replace or remove it")
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{path}: is larger than {MAX_PIXELS} pixels; make it smaller")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a phone's MPO is a photograph with a preview behind it
+        raise DataError(f"{path}: holds {frames} frames; save the one you mean as a single image")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # PIL turns these itself while loading
+        return 1
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (*_DAMAGE, Warning):  # damaged EXIF says nothing; the picture may be sound all the same
+        return 1
+
+
+def _sixteen_bit(image: Image.Image, path: Path) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise DataError(f"{path}: holds values outside 0..65535; save it with 8 or 16 bits a channel")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """Any of PIL's modes as RGB: 16 bits become value / 257, alpha is dropped, palettes are looked up.
+
+    Raises:
+        DataError: the mode holds no picture in a known range (floating point).
+    """
+    if image.mode == "F":
+        raise DataError(f"{path}: holds floating-point values; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        image = _sixteen_bit(image, path)
+    if image.mode in {"P", "PA", "LA", "La", "RGBa"}:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """An image file as RGB bytes, upright as its EXIF orientation says.
+
+    Raises:
+        DataError: missing, damaged, truncated, of a foreign format, animated, or a decompression bomb.
+    """
+    with _named(path, "image"), _open(path) as image:
+        orientation = _orientation(image)
+        image.load()
+        rgb = to_rgb(image, path)
+        return np.array(rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb)
+
+
+def probe_image(path: Path) -> ImageInfo:
+    """Size, format and mode from an image's header.
+
+    Raises:
+        DataError: as `read_image`, as far as the header shows it.
+    """
+    with _named(path, "image"), _open(path) as image:
+        orientation = _orientation(image)
+        height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+        return ImageInfo((height, width), image.format or "?", image.mode, orientation in _TURNS)
+
+
+def read_values(path: Path) -> UInt8[np.ndarray, "H W"] | np.ndarray:
+    """A mask file's stored numbers: palette indices, grey values (8 or 16 bits), or (H, W, C) colours.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    with _named(path, "mask image"), _open(path) as image:
+        image.load()
+        if image.mode == "F":
+            raise DataError(f"{path}: holds floating-point values; save it with 8 or 16 bits")
+        return np.array(image)
