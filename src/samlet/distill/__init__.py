@@ -1,0 +1,1 @@
+"""Distillation: teachers, what is compared, and with what weight."""

@@ -1,0 +1,131 @@
+"""The command line: each command imports its recipe only when it runs, so that `samlet --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from samlet import __version__
+from samlet.errors import SamletError
+
+app = typer.Typer(
+    name="samlet",
+    help="Distil a Segment-Anything teacher into a MobileSAM that is good on your own images.",
+    epilog="A day with samlet: check-data my_images/, train my.yaml, evaluate runs/my my_images/, predict runs/my a.jpg",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Format = Annotated[str, typer.Option(help="auto, mask_folders, instance_labels, coco or sa1b.")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Input size of the models; by default what their files say, else 1024.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def main() -> None:
+    """Run a command; what the user can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except SamletError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _samlet(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Distil a Segment-Anything teacher into a MobileSAM that is good on your own images."""
+
+
+@app.command("check-data")
+def check_data(
+    path: Annotated[Path, typer.Argument(help="A data set: a folder with splits, or one split.")],
+    format: Format = "auto",
+    sheet: Annotated[Path | None, typer.Option(help="Where the contact sheet goes.")] = None,
+) -> None:
+    """Say what is in a data set, draw a contact sheet, and exit 2 on what training would refuse."""
+    from samlet.recipes.check_data import check_data
+
+    raise typer.Exit(check_data(path, format=format, sheet=sheet))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, laid over the file.")] = None,
+) -> None:
+    """Train and distil; the same command goes on where it was stopped."""
+    from samlet.config import RunConfig
+    from samlet.schema import load_config
+
+    checked = load_config(RunConfig, config, overrides or ())
+    from samlet.recipes.train import train
+
+    raise typer.Exit(train(checked))
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[list[str], typer.Argument(help="Weights, runs or folders; name=path names one.")],
+    data: Annotated[Path, typer.Argument(help="The data set.")],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    format: Format = "auto",
+    image_size: ImageSize = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for evaluate.json and evaluate.md.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure mIoU and mDice at the original resolution, several checkpoints side by side."""
+    from samlet.recipes.evaluate import evaluate
+
+    evaluate(checkpoints, data, split=split, format=format, image_size=image_size, out=out, device=device)
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="Weights, run or folder.")],
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; x,y,0 for a negative click.")] = None,
+    box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1 in image pixels.")] = None,
+    out: Annotated[Path, typer.Option(help="The mask, 0 and 255, at the image's size.")] = Path("mask.png"),
+    overlay: Annotated[Path | None, typer.Option(help="The image with prompt and mask drawn in.")] = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+) -> None:
+    """Segment what the clicks and the box point at."""
+    from samlet.recipes.predict import predict
+
+    predict(checkpoint, image, points=point or (), box=box, out=out, overlay=overlay, image_size=image_size, device=device)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write; by default the terminal.")] = None,
+) -> None:
+    """Write the JSON schema of the configuration, for editors."""
+    from samlet.artefacts import write_text
+    from samlet.config import RunConfig
+    from samlet.schema import json_schema
+
+    text = json.dumps(json_schema(RunConfig), indent=2) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(out, text)

@@ -1,0 +1,77 @@
+"""Which teachers teach what, and how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import Field
+
+from samlet.losses.configs import (
+    DecoderMaskTokenConfig,
+    DenseMaskLogitsConfig,
+    EncoderPatchConfig,
+    PromptEmbedConfig,
+)
+from samlet.schema import ExistingPath, Loc, StrictModel
+
+TermConfig = EncoderPatchConfig | PromptEmbedConfig | DecoderMaskTokenConfig | DenseMaskLogitsConfig
+
+
+class TeacherConfig(StrictModel):
+    """One frozen Segment-Anything model that supervises the student."""
+
+    name: str = Field(min_length=1)
+    """How logs and errors call it."""
+    weight: float | None = Field(None, ge=0)
+    """Share of this teacher; shares are normalised to sum 1, and without one all teachers count alike."""
+    checkpoint: ExistingPath
+    """Weights: an upstream .pth/.pt, a .safetensors, a samlet run, or a Hugging Face SamModel folder."""
+
+
+class DistillationConfig(StrictModel):
+    """Loss = task loss + lambda_coef * sum of weight * term, averaged over the teachers."""
+
+    enable: bool = False
+    """Learn from the teachers; false: from the ground truth alone."""
+    lambda_coef: float = Field(1.0, ge=0)
+    """Scales the whole distillation loss against the task loss."""
+    use_precomputed_features: bool = False
+    """Read teacher features from disk in place of running the teachers."""
+    precomputed_root: Path | None = None
+    """Folder of the precomputed features."""
+    encoder_patch: EncoderPatchConfig = EncoderPatchConfig(enable=True)
+    """Patch tokens of the image encoder."""
+    prompt_embed: PromptEmbedConfig = PromptEmbedConfig(enable=False)
+    """The image stream inside the mask decoder, once it has met the prompt."""
+    decoder_mask_token: DecoderMaskTokenConfig = DecoderMaskTokenConfig(enable=False)
+    """The decoder's four mask tokens."""
+    dense_mask_logits: DenseMaskLogitsConfig = DenseMaskLogitsConfig(enable=True)
+    """Mask logits, pixel by pixel."""
+
+    def terms(self) -> Iterator[tuple[str, TermConfig]]:
+        """The objectives that take part, by name."""
+        for name in ("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"):
+            term: TermConfig = getattr(self, name)
+            if self.enable and term.enable:
+                yield name, term
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if self.use_precomputed_features:
+            yield (
+                ("use_precomputed_features",),
+                "this version runs its teachers online; set it to false and name them under teachers",
+            )
+        if self.enable and not list(self.terms()):
+            yield ("enable",), "is true, but every term is disabled; enable one, or set it to false"
+
+
+def normalized_weights(teachers: list[TeacherConfig]) -> list[float]:
+    """Shares of the teachers, summing to 1; where none is given all count alike.
+
+    A teacher without a weight beside others with one gets the mean of those given.
+    """
+    given = [teacher.weight for teacher in teachers if teacher.weight is not None]
+    default = sum(given) / len(given) if given else 1.0
+    shares = [default if teacher.weight is None else teacher.weight for teacher in teachers]
+    return [share / sum(shares) for share in shares]

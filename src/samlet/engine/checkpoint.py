@@ -1,0 +1,136 @@
+"""Checkpoints of a run: everything that resume needs, whole or not at all, in JSON and safetensors.
+
+`checkpoints/step-00000120/` holds student.safetensors, optimizer.safetensors, random.safetensors, trainer.json and
+the manifest that vouches for them. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from samlet import __version__
+from samlet.artefacts import read_manifest, write_directory
+from samlet.errors import CheckpointError
+from samlet.models.checkpoints import save_sam_safetensors
+
+if TYPE_CHECKING:
+    from samlet.models.sam import Sam
+
+FORMAT = 1
+PREFIX = "step-"
+
+
+@dataclass
+class TrainerState:
+    """What a run knows besides weights, optimizer and random numbers."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best: float | None = None
+    """Best value of the deciding metric so far."""
+    best_step: int = 0
+    """Step at which it was reached."""
+    validations_without_best: int = 0
+    """For early stopping."""
+    skipped_steps: int = 0
+    """Steps left out for a non-finite loss or gradient."""
+    skipped_images: list[str] = field(default_factory=list)
+    """Broken images met so far."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl at this point; what follows belongs to steps that are done again."""
+    finished: bool = False
+    """The run has come to its end."""
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainerState,
+    student: Sam,
+    optimizer: torch.optim.Optimizer,
+    random_states: Mapping[str, torch.Tensor],
+    scaler: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `folder/step-N` and return it.
+
+    Raises:
+        SamletError: it could not be written; earlier checkpoints are untouched.
+    """
+    place = folder / f"{PREFIX}{state.step:08d}"
+
+    def fill(temporary: Path) -> None:
+        save_sam_safetensors(student, temporary / "student.safetensors")
+        save_file(_optimizer_tensors(student, optimizer), temporary / "optimizer.safetensors")
+        save_file(dict(random_states), temporary / "random.safetensors")
+        trainer = {"state": asdict(state), "scaler": dict(scaler or {})}
+        (temporary / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+
+    write_directory(place, fill, format=FORMAT, samlet=__version__, torch=torch.__version__, step=state.step)
+    return place
+
+
+def load_checkpoint(
+    place: Path, student: Sam, optimizer: torch.optim.Optimizer
+) -> tuple[TrainerState, dict[str, torch.Tensor], dict[str, Any]]:
+    """Fill student and optimizer from a checkpoint; the rest is returned: state, random states, scaler.
+
+    Raises:
+        CheckpointError: incomplete, damaged, of a newer samlet, or of another model; the file is named.
+    """
+    manifest = read_manifest(place)
+    if manifest.get("format", 0) > FORMAT:
+        raise CheckpointError(f"{place}: written by samlet {manifest.get('samlet')}; upgrade samlet to read it")
+    try:
+        student.load_state_dict(load_file(place / "student.safetensors"))
+        _load_optimizer(student, optimizer, load_file(place / "optimizer.safetensors"))
+        random_states = load_file(place / "random.safetensors")
+        trainer = json.loads((place / "trainer.json").read_text(encoding="utf-8"))
+        state = TrainerState(**trainer["state"])
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{place}: does not fit this run's model: {reason[:300]}") from error
+    return state, random_states, trainer["scaler"]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints of a run, newest first, whether valid or not."""
+    return sorted((place for place in folder.glob(f"{PREFIX}*") if place.is_dir()), reverse=True)
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    complaints = []
+    for place in checkpoints_in(folder):
+        try:
+            read_manifest(place)
+        except CheckpointError as error:
+            complaints.append(str(error))
+        else:
+            return place, complaints
+    return None, complaints
+
+
+def _optimizer_tensors(student: Sam, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.detach().clone().contiguous()
+        for name, parameter in student.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(student: Sam, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number = {id(parameter): index for index, parameter in enumerate(parameters)}
+    names = {name: number[id(parameter)] for name, parameter in student.named_parameters()}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(names[name], {})[moment] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

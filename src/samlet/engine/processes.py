@@ -1,0 +1,53 @@
+"""What the processes of one run tell each other; alone, each of these is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def total(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Element-wise sum over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    summed: Tensor = accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    return summed
+
+
+def agreed(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process raised the flag."""
+    return bool(total(accelerator, torch.tensor(float(flag))) > 0)
+
+
+def gathered(items: Sequence[Item], accelerator: Accelerator) -> list[Item]:
+    """The items of all processes, in the order of their ranks."""
+    if accelerator.num_processes == 1:
+        return list(items)
+    return list(gather_object(list(items)))
+
+
+def gather_random_states(accelerator: Accelerator) -> dict[str, Tensor]:
+    """torch's generators of every process, by name and rank."""
+    rank = accelerator.process_index
+    own = {f"cpu.{rank}": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        own[f"cuda.{rank}"] = torch.cuda.get_rng_state(accelerator.device)
+    return dict(gathered(list(own.items()), accelerator))
+
+
+def restore_random_state(states: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+    """Set this process's generators; those of a rank that did not exist keep their seed."""
+    rank = accelerator.process_index
+    if f"cpu.{rank}" in states:
+        torch.set_rng_state(states[f"cpu.{rank}"])
+    if f"cuda.{rank}" in states and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"cuda.{rank}"], accelerator.device)

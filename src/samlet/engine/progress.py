@@ -1,0 +1,63 @@
+"""The progress of long work: a bar with an ETA and every loss term on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import Self
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class StepProgress:
+    """Counts optimizer steps; only the main process shows anything."""
+
+    def __init__(self, total: int, done: int, *, shown: bool) -> None:
+        self.console = Console(stderr=True, quiet=not shown)
+        self.total, self.start = total, done
+        self._began, self._last_line = time.monotonic(), 0.0
+        self._bar = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[terms]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=done, terms="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the state after `step` optimizer steps."""
+        terms = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, completed=step, terms=terms)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or step == self.total):
+            self._last_line = now
+            eta = (now - self._began) / max(step - self.start, 1) * (self.total - step)
+            self.console.print(f"step {step}/{self.total}  eta {_clock(eta)}  {terms}", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,39 @@
+"""SIGTERM and Ctrl-C end the current optimizer step, not the process; a second Ctrl-C ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """The signal that asked the run to stop, if any."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; on a second SIGINT leave without touching a file."""
+        if self.signal == signal.SIGINT == number:
+            os._exit(128 + signal.SIGINT)
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        """143 for SIGTERM, 130 for SIGINT, 0 for none."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+@contextmanager
+def listen_for_stop() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT inside the block; the former handlers come back after it."""
+    request = StopRequest()
+    former = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

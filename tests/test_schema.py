@@ -1,0 +1,165 @@
+"""A configuration's mistakes are all found, each in its place and in plain words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from samlet.errors import ConfigError
+from samlet.schema import ExistingPath, Loc, StrictModel, json_schema, load_config
+
+
+class Term(StrictModel):
+    enable: bool = False
+    w_cos: float = 1.0
+
+
+class Block(StrictModel):
+    enable: bool = False
+    lambda_coef: float = Field(1.0, ge=0)
+    encoder_patch: Term = Term()
+
+
+class Teacher(StrictModel):
+    name: str
+    weight: float | None = None
+    checkpoint: ExistingPath | None = None
+
+
+class Run(StrictModel):
+    distillation: Block = Block()
+    teachers: tuple[Teacher, ...] = ()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    learning_rate: float = 1e-4
+    sizes: tuple[int, int] = (1, 2)
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if self.distillation.enable and not self.teachers:
+            yield ("teachers",), "distillation needs a teacher"
+
+
+def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def complaints(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Run, path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "precision: bf61\n"
+        "lambda_coef: 2.0\n"
+        "distillation:\n"
+        "  enable: true\n"
+        "  encoder_patch: {enable: yes, w_coss: 1.0}\n"
+        "teachers:\n"
+        "  - {name: H, checkpoint: nowhere.pth}\n",
+    )
+    lines = complaints(path)
+    assert lines == [
+        f"{path}:5: distillation.encoder_patch.enable: must be a valid boolean, got 'yes'",
+        f"{path}:5: distillation.encoder_patch.w_coss: unknown key (did you mean 'w_cos'?)",
+        f"{path}:7: teachers.0.checkpoint: no such file or folder: 'nowhere.pth', looked for from {Path.cwd()}",
+        f"{path}:1: precision: must be 'fp32' or 'bf16', got 'bf61' (did you mean 'bf16'?)",
+        f"{path}:2: lambda_coef: unknown key (did you mean 'distillation.lambda_coef'?)",
+    ]
+
+
+def test_a_cross_check_is_not_hidden_by_other_mistakes(tmp_path: Path) -> None:
+    lines = complaints(write(tmp_path, "distillation: {enable: true}\nprecision: 3\n"))
+    assert any("distillation needs a teacher" in line for line in lines)
+    assert any("precision: must be" in line for line in lines)
+
+
+def test_a_missing_key_names_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "teachers:\n  - name: A\n  - weight: 1\n")
+    assert complaints(path) == [f"{path}:3: teachers.1.name: required, and missing"]
+
+
+def test_yaml_1_2_numbers_and_words(tmp_path: Path) -> None:
+    run = load_config(Run, write(tmp_path, "learning_rate: 1e-5\nsizes: [3, 4]\n"))
+    assert run.learning_rate == 1e-5
+    assert run.sizes == (3, 4)
+
+
+def test_json_is_read_with_line_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"learning_rate": 1e-5, "precison": "fp32"}, indent=1), "run.json")
+    assert complaints(path) == [f"{path}:3: precison: unknown key (did you mean 'precision'?)"]
+
+
+FRAGMENT = """"distillation": {
+  "enable": true,
+  "encoder_patch": { "enable": true, "w_cos": 0.5 }
+},
+"teachers": [
+  { "name": "A, with a comma", "weight": 0.7 },
+  { "name": "B" }
+]
+"""
+
+
+@pytest.mark.parametrize("template", ["precision: bf16\n%s", '{"precision": "bf16",\n%s}', "%s\nprecision: bf16\n"])
+def test_a_pasted_json_fragment_works_in_yaml_and_json(tmp_path: Path, template: str) -> None:
+    run = load_config(Run, write(tmp_path, template % FRAGMENT))
+    assert run.distillation.encoder_patch.w_cos == 0.5
+    assert [teacher.name for teacher in run.teachers] == ["A, with a comma", "B"]
+    assert run.precision == "bf16"
+
+
+def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "teachers: [{name: A}]\nlearning_rate: 1.0\n")
+    run = load_config(Run, path, ["learning_rate=1e-3", "teachers.0.weight=2", "distillation.encoder_patch.w_cos=3"])
+    assert (run.learning_rate, run.teachers[0].weight, run.distillation.encoder_patch.w_cos) == (1e-3, 2, 3)
+
+
+def test_a_wrong_override_names_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "learning_rate: 1.0\n")
+    assert complaints(path, "learning_rate=high") == [
+        "override 'learning_rate=high': learning_rate: must be a valid number, got 'high'"
+    ]
+    assert "write it as key.path=value" in complaints(path, "learning_rate")[0]
+    assert "has no 'weight'" in complaints(path, "learning_rate.weight=1")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rate: 1\nlearning_rate: 2\n", "duplicate key"),
+        ("learning_rate: [1\n", "not YAML or JSON"),
+        ("- 1\n", "is a mapping"),
+        ("learning_rate: !!python/object/apply:os.system ['true']\n", "have no meaning here"),
+        ("learning_rate: .nan\n", "finite number"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    line = complaints(path)[0]
+    assert line.startswith(str(path))
+    assert said in line
+
+
+def test_an_alias_bomb_does_not_go_off(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    assert "a configuration is never that large" in complaints(write(tmp_path, "\n".join(rows)))[0]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "cannot be read" in complaints(tmp_path / "absent.yaml")[0]
+
+
+def test_the_schema_carries_types_and_forbids_strangers() -> None:
+    schema = json_schema(Run)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Block"]["properties"]["lambda_coef"]["minimum"] == 0
