@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from samlet.models.arch import infer_arch as infer_arch
     from samlet.models.build import build_sam as build_sam
-    from samlet.models.checkpoints import infer_arch as infer_arch
     from samlet.models.checkpoints import load_sam as load_sam
     from samlet.models.checkpoints import save_sam_safetensors as save_sam_safetensors
     from samlet.models.checkpoints import save_sam_upstream as save_sam_upstream
@@ -25,7 +25,7 @@ _HOME = {
     "Sam": "samlet.models.sam",
     "build_sam": "samlet.models.build",
     "freeze_batch_norm": "samlet.models.norms",
-    "infer_arch": "samlet.models.checkpoints",
+    "infer_arch": "samlet.models.arch",
     "load_sam": "samlet.models.checkpoints",
     "make_prompts": "samlet.models.predictor",
     "save_sam_safetensors": "samlet.models.checkpoints",

@@ -45,7 +45,7 @@ def build_sam(kind: str, image_size: int = 1024, **overrides: Any) -> Sam:
     if unknown:
         raise SamletError(f"{kind} has no {', '.join(unknown)}; it has {', '.join(sizes)}")
     sizes.update({name: value for name, value in overrides.items() if value is not None})
-    arch = {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+    arch: dict[str, Any] = {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
     _check(kind, image_size, arch)
     encoder_sizes = {name: value for name, value in arch.items() if name not in _DECODER}
     return Sam(

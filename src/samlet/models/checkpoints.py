@@ -24,7 +24,7 @@ from samlet.artefacts import MANIFEST, read_manifest, write_file
 from samlet.errors import CheckpointError, SamletError
 from samlet.frames import PIXEL_MEAN, PIXEL_STD
 from samlet.models import hf
-from samlet.models.arch import infer_arch as infer_arch
+from samlet.models.arch import infer_arch
 from samlet.models.build import build_sam
 from samlet.models.vit import PATCH
 
@@ -199,7 +199,7 @@ def _digest(state: Mapping[str, Tensor], arch: str) -> str:
     for name in sorted(state):
         tensor = state[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -8,14 +8,16 @@ put in the order of pixels at the end.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from samlet.models.containers import module_list
 from samlet.models.norms import LayerNorm2d
-from samlet.models.transformer import ImageSide, TwoWayTransformer, rows
+from samlet.models.transformer import TwoWayTransformer, rows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -33,7 +35,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
         widths = [inputs, hidden, hidden, outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = module_list(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Raw outputs: no activation after the last layer."""
@@ -52,9 +54,11 @@ class Embedded(NamedTuple):
 
     def chunks(self, size: int) -> list[Embedded]:
         """Rows in groups of at most `size`."""
-        total = self.image_index.shape[0]
-        starts = range(0, max(total, 1), size)
-        return [Embedded(*(None if x is None else x[i : i + size] for x in self)) for i in starts]  # type: ignore[arg-type]
+        starts = range(0, self.image_index.shape[0], size)
+        return [self._replace(**self._rows(slice(start, start + size))) for start in starts]
+
+    def _rows(self, rows: slice) -> dict[str, Tensor]:
+        return {name: value[rows] for name, value in self._asdict().items() if value is not None}
 
 
 class Decoded(NamedTuple):
@@ -81,7 +85,7 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(DIM // 4, DIM // 8, 2, 2),
             nn.GELU(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(MLP(DIM, DIM, DIM // 8) for _ in range(NUM_MASKS))
+        self.output_hypernetworks_mlps = module_list(MLP(DIM, DIM, DIM // 8) for _ in range(NUM_MASKS))
         self.iou_prediction_head = MLP(DIM, DIM, NUM_MASKS)
 
     def forward(
@@ -98,72 +102,73 @@ class MaskDecoder(nn.Module):
 
         On a CPU, where no gradient is wanted, a few prompts at a time: the same answers, out of the cache.
         """
-        size = (embedding.shape[2], embedding.shape[3])
+        grid = (embedding.shape[2], embedding.shape[3])
         tokens = embedding.flatten(2).transpose(1, 2)
         offsets = self.transformer.offsets(image_pe.flatten(2).transpose(1, 2)[0])
         shared = self.transformer.enter(tokens + no_mask, offsets) if prompts.dense is None else None
 
         def decode(part: Embedded) -> Decoded:
-            if shared is not None:
+            if part.dense is None:
+                assert shared is not None
                 image = shared.rows(part.image_index)
             else:
-                assert part.dense is not None
                 keys = rows(tokens, part.image_index) + part.dense.flatten(2).transpose(1, 2)
                 image = self.transformer.enter(keys, offsets)
-            return self._decode(image, offsets, part, size, masks, streams)
+            queries, maps = self.transformer(self._tokens(part), image, offsets, self._present(part))
+            mask_tokens = queries[:, 1 : 1 + NUM_MASKS]
+            return Decoded(
+                self._masks(maps[-1], mask_tokens, masks, grid),
+                self.iou_prediction_head(queries[:, 0]),
+                mask_tokens,
+                [torch.unflatten(maps[i].transpose(1, 2), 2, grid) for i in streams],
+            )
 
         chunked = embedding.device.type == "cpu" and not torch.is_grad_enabled()
         if not chunked or torch.compiler.is_compiling() or len(prompts.image_index) <= CHUNK:
             return decode(prompts)
         return _join([decode(part) for part in prompts.chunks(CHUNK)])
 
-    def _decode(
-        self,
-        image: ImageSide,
-        offsets: list[tuple[Tensor, ...]],
-        prompts: Embedded,
-        size: tuple[int, int],
-        masks: slice,
-        wanted: Sequence[int],
-    ) -> Decoded:
-        count = prompts.sparse.shape[0]
-        outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)
-        tokens = torch.cat([outputs, prompts.sparse.to(outputs.dtype)], dim=1)
-        present = prompts.present
-        if present is not None:
-            present = torch.cat([present.new_ones(count, outputs.shape[1]), present], dim=1)
-        tokens, streams = self.transformer(tokens, image, offsets, present)
-        iou = self.iou_prediction_head(tokens[:, 0])
-        mask_tokens = tokens[:, 1 : 1 + NUM_MASKS]
-        maps = [streams[i].transpose(1, 2).unflatten(2, size) for i in wanted]
-        return Decoded(self._masks(streams[-1], mask_tokens, size, masks), iou, mask_tokens, maps)
+    def _tokens(self, prompts: Embedded) -> Float[Tensor, "P N 256"]:
+        outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        sparse = prompts.sparse.to(outputs.dtype)
+        return torch.cat([outputs.expand(sparse.shape[0], -1, -1), sparse], dim=1)
+
+    @staticmethod
+    def _present(prompts: Embedded) -> Bool[Tensor, "P N"] | None:
+        return None if prompts.present is None else F.pad(prompts.present, (1 + NUM_MASKS, 0), value=True)
 
     def _masks(
         self,
         stream: Float[Tensor, "P L 256"],
         mask_tokens: Float[Tensor, "P 4 256"],
-        size: tuple[int, int],
         masks: slice,
+        grid: tuple[int, int],
     ) -> Float[Tensor, "P M 4h 4w"]:
         """Dot product of each sub-pixel's features with each mask's hypernetwork output."""
         chosen = list(enumerate(self.output_hypernetworks_mlps))[masks]
         weights = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in chosen], dim=2)  # P, 32, M
-        first, norm, _, second, _ = self.output_upscaling
-        fine = F.gelu(F.layer_norm(_subpixels(stream, first), (DIM // 4,), norm.weight, norm.bias, norm.eps))
-        finest = F.gelu(_subpixels(fine, second))
-        logits = torch.einsum("plc,pcm->plm", finest.flatten(1, -2), weights)
-        # Order of l: row, column, then row and column within the token, then within the sub-pixel.
-        grid = logits.unflatten(1, (*size, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
-        return grid.reshape(logits.shape[0], logits.shape[2], 4 * size[0], 4 * size[1])
+        first, norm, gelu, second, _ = self.output_upscaling
+        assert isinstance(norm, nn.LayerNorm)
+        fine = gelu(nn.LayerNorm.forward(norm, subpixels(stream, first)))
+        finest = gelu(subpixels(fine, second))
+        logits = finest.flatten(1, -2) @ weights
+        # Sub-pixels lie in the order row, column of the token, then within the token, then within its quarter.
+        tiles = torch.unflatten(logits, 1, (*grid, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
+        return tiles.reshape(logits.shape[0], logits.shape[2], 4 * grid[0], 4 * grid[1])
 
 
-def _subpixels(tokens: Float[Tensor, "*batch I"], conv: nn.Module) -> Float[Tensor, "*batch 4 O"]:
-    """ConvTranspose2d with kernel = stride = 2 on each token: its 2 x 2 outputs, row by row."""
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # type: ignore[operator,union-attr] # (I, O, 2, 2) -> (4 O, I)
-    return F.linear(tokens, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))  # type: ignore[operator,union-attr]
+def subpixels(tokens: Float[Tensor, "*batch I"], conv: nn.Module) -> Float[Tensor, "*batch 4 O"]:
+    """ConvTranspose2d with kernel = stride = 2 on each token by itself: its 2 x 2 outputs, row by row."""
+    assert isinstance(conv, nn.ConvTranspose2d)
+    assert conv.bias is not None
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (I, O, 2, 2) to (4 O, I)
+    return torch.unflatten(F.linear(tokens, weight, conv.bias.repeat(4)), -1, (4, -1))
 
 
 def _join(parts: list[Decoded]) -> Decoded:
-    streams = [torch.cat(maps) for maps in zip(*(part.streams for part in parts), strict=True)]
-    masks, iou, tokens = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[arg-type]
-    return Decoded(masks, iou, tokens, streams)
+    return Decoded(
+        torch.cat([part.masks for part in parts]),
+        torch.cat([part.iou for part in parts]),
+        torch.cat([part.mask_tokens for part in parts]),
+        [torch.cat(maps) for maps in zip(*(part.streams for part in parts), strict=True)],
+    )

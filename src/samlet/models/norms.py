@@ -70,6 +70,6 @@ def neck(channels: int, outputs: int = 256) -> nn.Sequential:
 
 def frozen_projection(neck: nn.Sequential, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 256 h w"]:
     """Apply the neck's first convolution with weights that no gradient reaches."""
-    weight = neck[0].weight
-    assert weight is not None
-    return F.conv2d(maps, weight.detach())
+    first = neck[0]
+    assert isinstance(first, nn.Conv2d)
+    return F.conv2d(maps, first.weight.detach())

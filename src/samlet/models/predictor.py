@@ -61,8 +61,7 @@ class Predictor:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        device: torch.device = self.model.pixel_mean.device
-        return device
+        return self.model.pixel_mean.device
 
     @property
     def features(self) -> Float[Tensor, "1 256 h w"] | None:
@@ -107,7 +106,7 @@ class Predictor:
         pixels = F.pad(pixels, (0, size - shape[3], 0, size - shape[2]))
         self._encode(pixels, (shape[2], shape[3]), (original_image_size[0], original_image_size[1]))
 
-    def predict(
+    def predict(  # noqa: PLR0917 - SamPredictor's signature
         self,
         point_coords: Float[np.ndarray, "N 2"] | None = None,
         point_labels: Int[np.ndarray, "N"] | None = None,
@@ -140,7 +139,7 @@ class Predictor:
         return masks, iou, low_res
 
     @torch.no_grad()
-    def predict_torch(
+    def predict_torch(  # noqa: PLR0917 - SamPredictor's signature
         self,
         point_coords: Float[Tensor, "P N 2"] | None = None,
         point_labels: Int[Tensor, "P N"] | None = None,

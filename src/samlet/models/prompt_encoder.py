@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from samlet.models.containers import module_list
 from samlet.models.norms import LayerNorm2d
 from samlet.types import PADDING
 
@@ -55,7 +56,7 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.pe_layer = PositionEmbeddingRandom(EMBED_DIM // 2)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, EMBED_DIM) for _ in range(4))
+        self.point_embeddings = module_list(nn.Embedding(1, EMBED_DIM) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, EMBED_DIM)
         self.mask_downscaling = nn.Sequential(
             nn.Conv2d(1, 4, 2, 2),

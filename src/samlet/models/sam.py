@@ -29,6 +29,9 @@ MASKS = {None: slice(0, 4), True: slice(1, 4), False: slice(0, 1)}
 class Sam(nn.Module):
     """Image encoder, prompt encoder and mask decoder; `build_sam(**sam.arch)` makes another one of its shape."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         image_encoder: TinyViT | ImageEncoderViT,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from samlet.models.containers import module_list
 from samlet.models.norms import Conv2dBN, neck
 from samlet.models.windows import pad_to_multiple, partition, unpartition
 
@@ -134,9 +135,10 @@ class TinyViTBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Attention and MLP added to their inputs, the convolution between them."""
         tokens = x.permute(0, 2, 3, 1)
-        x = (tokens + self.attn.proj(self._attend(tokens))).permute(0, 3, 1, 2)
-        tokens = self.local_conv(x).permute(0, 2, 3, 1)
-        return (tokens + self.mlp(tokens)).permute(0, 3, 1, 2)
+        tokens = tokens + self.attn.proj(self._attend(tokens))
+        tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out: Tensor = tokens + self.mlp(tokens)
+        return out.permute(0, 3, 1, 2)
 
     def _attend(self, tokens: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         window = self.attn.window
@@ -152,7 +154,7 @@ class Layer(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: PatchMerging | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = module_list(blocks)
         self.downsample = downsample
 
 
@@ -180,7 +182,7 @@ class TinyViT(nn.Module):
             ]
             merging = PatchMerging(dim, embed_dims[i + 1], 2 if i < 2 else 1) if i < 3 else None
             layers.append(Layer(blocks, merging))
-        self.layers = nn.ModuleList(layers)
+        self.layers = module_list(layers)
         # The classifier of TinyViT's pretraining: never used, but strict loaders of mobile_sam.pt ask for it.
         self.norm_head = nn.LayerNorm(embed_dims[-1]).requires_grad_(False)
         self.head = nn.Linear(embed_dims[-1], num_classes).requires_grad_(False) if num_classes else nn.Identity()

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+from samlet.models.containers import module_list
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -43,7 +46,7 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "P 1 1 L"] | None = None,
     ) -> Float[Tensor, "P N C"]:
         """Attention from projected queries, keys and values."""
-        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (torch.unflatten(x, 2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         return out
@@ -109,7 +112,7 @@ class TwoWayAttentionBlock(nn.Module):
             offset(self.cross_attn_image_to_token.q_proj, image_pe),
         )
 
-    def image_side(self, keys: Float[Tensor, "n L C"], offsets: tuple[Tensor, Tensor]) -> ImageSide:
+    def image_side(self, keys: Float[Tensor, "n L C"], offsets: tuple[Tensor, ...]) -> ImageSide:
         """Project the image stream for both cross-attentions."""
         reader, writer = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         k, q = reader.k_proj(keys) + offsets[0], writer.q_proj(keys) + offsets[1]
@@ -137,21 +140,18 @@ class TwoWayTransformer(nn.Module):
 
     def __init__(self, depth: int, dim: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            TwoWayAttentionBlock(dim, num_heads, mlp_dim, is_first=i == 0) for i in range(depth)
-        )
+        self.layers = module_list(TwoWayAttentionBlock(dim, num_heads, mlp_dim, is_first=i == 0) for i in range(depth))
         self.final_attn_token_to_image = Attention(dim, num_heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def offsets(self, image_pe: Float[Tensor, "L C"]) -> list[tuple[Tensor, ...]]:
         """All positional terms of the image side: one entry a layer, and one for the last attention."""
-        layers: list[tuple[Tensor, ...]] = [layer.offsets(image_pe) for layer in self.layers]
+        layers = [layer.offsets(image_pe) for layer in self.layers]
         return [*layers, (offset(self.final_attn_token_to_image.k_proj, image_pe),)]
 
     def enter(self, keys: Float[Tensor, "n L C"], offsets: list[tuple[Tensor, ...]]) -> ImageSide:
         """The image side of the first layer: for each image, or for each prompt that brings a mask."""
-        side: ImageSide = self.layers[0].image_side(keys, offsets[0])
-        return side
+        return self.layers[0].image_side(keys, offsets[0])
 
     def forward(
         self,

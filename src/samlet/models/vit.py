@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from samlet.models.containers import module_list
 from samlet.models.norms import neck
 from samlet.models.windows import pad_to_multiple, partition, unpartition
 
@@ -31,7 +32,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B h w C"]:
         """One token for each patch."""
-        return self.proj(pixels).permute(0, 2, 3, 1).contiguous()
+        maps: Tensor = self.proj(pixels)
+        return maps.permute(0, 2, 3, 1).contiguous()
 
 
 def relative_positions(table: Float[Tensor, "2n-1 d"], size: int) -> Float[Tensor, "n n d"]:
@@ -60,7 +62,7 @@ class Attention(nn.Module):
         return out.transpose(1, 2).reshape(n, length, channels // 3)
 
     def _bias(self, q: Float[Tensor, "n H L d"], size: tuple[int, int]) -> Float[Tensor, "n H L L"]:
-        grid = q.unflatten(2, size)
+        grid = torch.unflatten(q, 2, size)
         along_h = torch.einsum("nmhwd,hkd->nmhwk", grid, relative_positions(self.rel_pos_h, size[0]).to(q.dtype))
         along_w = torch.einsum("nmhwd,wkd->nmhwk", grid, relative_positions(self.rel_pos_w, size[1]).to(q.dtype))
         bias = along_h[..., :, None] + along_w[..., None, :]
@@ -95,12 +97,13 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         """Attention and MLP, each added to its input."""
         x = x + self.attn.proj(self._attend(self.attn.qkv(self.norm1(x))))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
     def _attend(self, qkv: Float[Tensor, "B h w 3C"]) -> Float[Tensor, "B h w C"]:
         size = (qkv.shape[1], qkv.shape[2])
         if self.window == 0:
-            return self.attn.attend(qkv.flatten(1, 2), size).unflatten(1, size)
+            return torch.unflatten(self.attn.attend(qkv.flatten(1, 2), size), 1, size)
         windows = partition(pad_to_multiple(qkv, self.window, self.attn.qkv.bias), self.window)
         return unpartition(self.attn.attend(windows, (self.window, self.window)), self.window, size)
 
@@ -124,7 +127,7 @@ class ImageEncoderViT(nn.Module):
         hidden = int(embed_dim * mlp_ratio + 1e-6)
         self.patch_embed = PatchEmbed(embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, embed_dim))
-        self.blocks = nn.ModuleList(
+        self.blocks = module_list(
             Block(embed_dim, num_heads, hidden, 0 if i in global_attn_indexes else window_size, grid)
             for i in range(depth)
         )
