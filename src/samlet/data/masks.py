@@ -13,6 +13,7 @@ from samlet.errors import DataError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer
 
+_CLEAR = 0.8  # of a soft-edged mask's pixels are fully in or fully out
 VOID = 255  # Pascal VOC's border value in 8-bit label images
 
 
@@ -38,37 +39,54 @@ def single_channel(values: np.ndarray) -> Integer[np.ndarray, "H W"]:
         return values.astype(np.uint8) if values.dtype == np.bool_ else values
     colours = values[..., :3] if values.shape[2] > 2 else values[..., :1]
     if values.shape[2] in {2, 4} and (colours == colours[:1, :1]).all():
-        return values[..., -1]
-    return colours.max(axis=2)
+        return np.asarray(values[..., -1])
+    return np.asarray(colours.max(axis=2))
 
 
 def binarize(values: np.ndarray) -> Bool[np.ndarray, "H W"]:
     """Foreground is what exceeds half of the largest value: right for 0/1, 0/255, 16 bits and soft edges."""
     channel = single_channel(values)
-    return channel > channel.max(initial=0) / 2
+    foreground: Bool[np.ndarray, "H W"] = channel > channel.max(initial=0) / 2
+    return foreground
+
+
+def value_counts(values: Integer[np.ndarray, "H W"]) -> tuple[np.ndarray, np.ndarray]:
+    """The values that occur, rising, and how often; bytes are counted rather than sorted."""
+    if values.dtype != np.uint8:
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel(), minlength=256)
+    present = np.flatnonzero(counts)
+    return present, counts[present]
 
 
 def holds_labels(values: np.ndarray) -> bool:
-    """Whether a mask image numbers several objects, rather than showing one with soft edges."""
-    if values.ndim == 3 or values.dtype == np.bool_:
+    """Whether a mask image numbers several objects, rather than showing one with soft edges.
+
+    Soft edges have 255 at the top and little in between; numbers that run from 1 without a gap are labels.
+    """
+    if values.ndim == 3 or values.dtype == np.bool_ or not ((values > 0) & (values < values.max())).any():
         return False
-    present, counts = np.unique(values, return_counts=True)
-    objects = present[present > 0]
-    if len(objects) < 2:
-        return False
-    top = counts[-1] + (counts[0] if present[0] == 0 else 0)
-    soft_edged = present[-1] == 255 and values.dtype == np.uint8 and top >= 0.8 * values.size
-    return not soft_edged
+    present, counts = value_counts(values)
+    between = present[(present > 0) & (present < VOID)]
+    numbered = len(between) < VOID // 2 and np.array_equal(between, np.arange(1, len(between) + 1))
+    clear = int(counts[(present == 0) | (present == VOID)].sum())
+    soft_edged = values.dtype == np.uint8 and present[-1] == VOID and clear >= _CLEAR * values.size
+    return numbered or not soft_edged
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     """One object's mask file.
 
     Raises:
-        DataError: it cannot be read, has another size than the image (H, W), or shows nothing.
+        DataError: it cannot be read, has another size than the image (H, W), numbers objects, or shows nothing.
     """
     values = read_values(path)
     check_size(path, (values.shape[0], values.shape[1]), size)
+    if holds_labels(values):
+        raise DataError(
+            f"{path}: holds several values, as if it numbered objects; set dataset.format to instance_labels, "
+            "or save one black-and-white file an object"
+        )
     mask = binarize(values)
     if not mask.any():
         raise DataError(f"{path}: the mask is empty; remove the file")
@@ -81,7 +99,7 @@ def object_labels(labels: Integer[np.ndarray, "H W"]) -> list[int]:
     255 is void (Pascal VOC's border) when other objects are there and 254 is not: numbers that run through to
     255 are objects all.
     """
-    present = [int(value) for value in np.unique(labels) if value != 0]
+    present = [int(value) for value in value_counts(labels)[0] if value != 0]
     void = labels.dtype == np.uint8 and VOID in present and len(present) > 1 and VOID - 1 not in present
     return [value for value in present if not (void and value == VOID)]
 
@@ -91,8 +109,10 @@ def mask_box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
 
     A single pixel (x, y) has the box (x, y, x + 1, y + 1): no mask gives a box without area.
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    rows = np.flatnonzero(mask.any(axis=1))
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(np.bitwise_or.reduce(mask[top:bottom], axis=0))
+    return int(columns[0]), top, int(columns[-1]) + 1, bottom
 
 
 def centre_point(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
     """Names one training sample for ever: image `index` as it is drawn in `epoch`."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is of no use here
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> Int64[np.ndarray, "length"]:

@@ -39,17 +39,18 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> Floa
     """Smooth noise in 0..1 with about `cells` bumps a side."""
     coarse = rng.random((cells + 3, cells + 3)).astype(np.float32)
     factor = [(side + 1) / cells for side in shape]
-    return np.clip(zoom(coarse, factor, order=1)[: shape[0], : shape[1]], 0, 1)
+    smooth: Float[np.ndarray, "H W"] = zoom(coarse, factor, order=1)[: shape[0], : shape[1]]
+    return smooth.clip(0, 1)
 
 
 def _stripes(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     angle, frequency = rng.uniform(0, np.pi), rng.uniform(12, 45)
     wave = np.sin((np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) * frequency + rng.uniform(0, 6))
-    return np.clip(wave * 2 + 0.5, 0, 1)
+    return np.asarray(wave * 2 + 0.5).clip(0, 1)
 
 
 def _checker(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    return (_stripes(rng, grid) > 0.5).astype(np.float64) * 0.6 + _stripes(rng, grid) * 0.4
+    return np.where(_stripes(rng, grid) > 0.5, 0.6, 0.0) + _stripes(rng, grid) * 0.4
 
 
 def _speckle(rng: np.random.Generator, grid: Grid) -> np.ndarray:
@@ -62,7 +63,7 @@ def _clouds(rng: np.random.Generator, grid: Grid) -> np.ndarray:
 
 def _ramp(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     angle = rng.uniform(0, 2 * np.pi)
-    return np.clip(0.5 + 0.8 * (np.cos(angle) * grid[0] + np.sin(angle) * grid[1]), 0, 1)
+    return np.asarray(0.5 + 0.8 * (np.cos(angle) * grid[0] + np.sin(angle) * grid[1])).clip(0, 1)
 
 
 def _plain(rng: np.random.Generator, grid: Grid) -> np.ndarray:
@@ -84,14 +85,14 @@ def _paint(rng: np.random.Generator, grid: Grid, spread: float) -> Float[np.ndar
     first = _colour(rng)
     second = np.clip(first + spread * (_colour(rng) - first), 0, 1)
     blend = _TEXTURES[int(rng.integers(len(_TEXTURES)))](rng, grid)[..., None].astype(np.float32)
-    return (first * (1 - blend) + second * blend).astype(np.float32)
+    return np.asarray(first * (1 - blend) + second * blend, np.float32)
 
 
 def _outline(rng: np.random.Generator) -> Float[np.ndarray, "n 2"]:
     """A closed curve around the origin with mean radius about 1: ellipse, polygon, star or blob."""
     kind = int(rng.integers(4))
     if kind == 1:  # a polygon
-        angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 7)))) + np.linspace(0, 0.5, 1)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 7))))
         spaced = np.linspace(0, 2 * np.pi, len(angles), endpoint=False)
         angles = 0.35 * angles + 0.65 * spaced
         radius = rng.uniform(0.8, 1.25, len(angles))
@@ -147,7 +148,7 @@ def _clutter(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def _cast_shadow(rng: np.random.Generator, image: np.ndarray, shape: Bool[np.ndarray, "H W"]) -> np.ndarray:
     offset = rng.integers(1, 5, 2)
     soft = gaussian_filter(np.roll(shape, tuple(offset), (0, 1)).astype(np.float32), 2.5, truncate=2)
-    return image * (1 - 0.45 * soft[..., None])
+    return np.asarray(image * (1 - 0.45 * soft[..., None]))
 
 
 def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:

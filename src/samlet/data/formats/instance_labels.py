@@ -50,7 +50,8 @@ class LabelImage:
 
     def read(self, index: int) -> Bool[np.ndarray, "H W"]:
         """Where the object's number stands."""
-        return self._labels == self._present[index]
+        mask: Bool[np.ndarray, "H W"] = self._labels == self._present[index]
+        return mask
 
 
 def matches(place: Path) -> bool:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from samlet.data.images import is_image_name, read_values
-from samlet.data.masks import binarize, check_size, holds_labels
+from samlet.data.masks import holds_labels
 from samlet.data.records import (
     Found,
     MaskFiles,
@@ -25,9 +22,6 @@ from samlet.data.records import (
     list_images,
 )
 from samlet.errors import DataError
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
 
 IMAGES, MASKS = ("images", "image"), ("masks", "mask")
 _LOOKED_AT = 8  # single mask files that are opened to tell binary masks from instance labels
@@ -58,34 +52,6 @@ def matches(place: Path) -> bool:
     return any(path.is_dir() for path in masks.iterdir()) or not label_like(single_files(masks))
 
 
-class SingleMask:
-    """One file, one object."""
-
-    def __init__(self, path: Path, size: tuple[int, int]) -> None:
-        self.path, self.size = path, size
-
-    def __len__(self) -> int:
-        return 1
-
-    def name(self, index: int) -> str:
-        """The mask's file."""
-        return str(self.path)
-
-    def read(self, index: int) -> Bool[np.ndarray, "H W"]:
-        """Decode the file; one that numbers several objects is refused rather than merged."""
-        values = read_values(self.path)
-        check_size(self.path, (values.shape[0], values.shape[1]), self.size)
-        if holds_labels(values):
-            raise DataError(
-                f"{self.path}: numbers several objects in one file; set dataset.format to instance_labels, "
-                f"or save one file an object in a folder {self.path.with_suffix('').name}/"
-            )
-        mask = binarize(values)
-        if not mask.any():
-            raise DataError(f"{self.path}: the mask is empty; remove the file")
-        return mask
-
-
 def read(place: Path, root: Path) -> Found:
     """All images of a split with the files of their masks; nothing is decoded."""
     found = Found("mask_folders")
@@ -101,9 +67,8 @@ def read(place: Path, root: Path) -> Found:
 
 
 def _opener(several: list[Path] | None, single: Path | None) -> OpenMasks | None:
-    if several:
-        return partial(MaskFiles, tuple(several))
-    return partial(SingleMask, single) if single else None
+    paths = several or ([single] if single else [])
+    return partial(MaskFiles, tuple(paths)) if paths else None
 
 
 def _assign(
