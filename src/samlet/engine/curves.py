@@ -45,8 +45,7 @@ def plot_curves(metrics: Path, out: Path) -> None:
     """Draw every number in metrics.jsonl over the steps as small multiples, into a PNG.
 
     Scores share one picture, the best of each marked and named; a term shows its raw value, and thinly what it
-    adds to the loss. Train
-    curves are drawn faintly as logged, and smoothed on top.
+    adds to the loss. Train curves are drawn faintly as logged, and smoothed on top.
 
     Raises:
         SamletError: the metrics cannot be read, or the picture cannot be written.

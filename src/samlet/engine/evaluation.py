@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from samlet.data.masks import centre_point, mask_box
 from samlet.errors import DataError, SamletError
 from samlet.frames import postprocess_masks, preprocess, to_input_coords
-from samlet.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, PADDING, POSITIVE, ImageFeatures, Prompts
+from samlet.models import make_prompts
+from samlet.types import NEGATIVE, POSITIVE, ImageFeatures
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Float64, Int64
@@ -149,6 +150,19 @@ def summarize(scores: ObjectScores, *, resamples: int = 1000, seed: int = 0) -> 
     return {"images": int(image.max()) + 1, "objects": len(scores.area), "prompts": prompts}
 
 
+def choose_device(name: str) -> torch.device:
+    """The device called "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        SamletError: another name, or CUDA where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise SamletError(f"device: '{name}' is not one of auto, cpu and cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SamletError("device: 'cuda' was asked for, and there is no CUDA GPU here; set it to auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def encode_image(sam: Sam, image: np.ndarray) -> Encoded:
     """Run the image encoder on an RGB image of any size."""
     pixels, input_size = preprocess(image, sam.image_size)
@@ -158,44 +172,34 @@ def encode_image(sam: Sam, image: np.ndarray) -> Encoded:
 
 def answer(
     encoded: Encoded,
-    coords: Float32[np.ndarray, "P T 2"],
-    labels: Int64[np.ndarray, "P T"],
     *,
+    clicks: Sequence[Sequence[Click]] = (),
+    boxes: Float32[np.ndarray, "P 4"] | None = None,
     mask_input: Float[Tensor, "P 1 h w"] | None = None,
     multimask: bool = False,
 ) -> Answer:
-    """The mask of each prompt; of three the one with the highest predicted IoU. Points lie in the original frame."""
+    """One mask for each row of equally many clicks, or each box; of three the one with the highest predicted IoU."""
     sam, device = encoded.sam, _device(encoded.sam)
-    points = to_input_coords(torch.from_numpy(coords), encoded.original_size, encoded.input_size).to(device)
-    prompts = Prompts(
-        image_index=torch.zeros(len(coords), dtype=torch.int64, device=device),
-        point_coords=points,
-        point_labels=torch.from_numpy(labels).to(device),
+
+    def place(coords: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(coords.astype(np.float32)).to(device)
+        return to_input_coords(tensor, encoded.original_size, encoded.input_size)
+
+    table = np.array(clicks, np.int64) if len(clicks) else None  # P, N, (x, y, label)
+    count = len(clicks) if boxes is None else len(boxes)
+    prompts = make_prompts(
+        torch.zeros(count, dtype=torch.int64, device=device),
+        points=None if table is None else place(table[..., :2]),
+        labels=None if table is None else torch.from_numpy(table[..., 2]).to(device),
+        boxes=None if boxes is None else place(boxes.reshape(-1, 2, 2)).reshape(-1, 4),
         mask_input=mask_input,
     )
     output = sam.decode(encoded.features, prompts, multimask_output=multimask)
-    rows = torch.arange(len(coords), device=device)
+    rows = torch.arange(count, device=device)
     best = output.iou_predictions.argmax(dim=1)
     logits = output.low_res_logits[rows, best][:, None]
     full = postprocess_masks(logits, encoded.input_size, encoded.original_size, sam.image_size)
     return Answer(full[:, 0] > 0, logits, output.iou_predictions[rows, best])
-
-
-def point_tokens(
-    clicks: Sequence[Sequence[Click]],
-) -> tuple[Float32[np.ndarray, "P T 2"], Int64[np.ndarray, "P T"]]:
-    """Prompts of equally many clicks as tokens: upstream appends one padding point where there is no box."""
-    coords = [[(click.x, click.y) for click in row] + [(0, 0)] for row in clicks]
-    labels = [[click.label for click in row] + [PADDING] for row in clicks]
-    return np.array(coords, np.float32), np.array(labels, np.int64)
-
-
-def box_tokens(
-    boxes: Float32[np.ndarray, "P 4"],
-) -> tuple[Float32[np.ndarray, "P 2 2"], Int64[np.ndarray, "P 2"]]:
-    """Boxes as tokens: their two corners."""
-    labels = np.array([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]], np.int64)
-    return boxes.astype(np.float32).reshape(-1, 2, 2), labels.repeat(len(boxes), axis=0)
 
 
 def correction_click(predicted: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> Click | None:
@@ -275,10 +279,10 @@ def _score_objects(
     truth = torch.from_numpy(item.masks[where]).to(_device(encoded.sam))
     found: dict[str, np.ndarray] = {}
     if BOX in kinds:
-        found[BOX] = _overlap(answer(encoded, *box_tokens(item.boxes[where])).masks, truth)
+        found[BOX] = _overlap(answer(encoded, boxes=item.boxes[where]).masks, truth)
     if POINT in kinds or rounds:
         clicks = [[Click(int(x), int(y), POSITIVE)] for x, y in item.points[where]]
-        first = answer(encoded, *point_tokens(clicks), multimask=True)
+        first = answer(encoded, clicks=clicks, multimask=True)
         found[POINT] = _overlap(first.masks, truth)
         if rounds:
             found |= _correct(encoded, clicks, first, truth, rounds)
@@ -301,8 +305,7 @@ def _correct(
         going = [row for row, click in enumerate(errors) if click is not None]
         clicks = [[*row, click] if click else row for row, click in zip(clicks, errors, strict=True)]
         if going:
-            tokens = point_tokens([clicks[row] for row in going])
-            reply = answer(encoded, *tokens, mask_input=low_res[going])
+            reply = answer(encoded, clicks=[clicks[row] for row in going], mask_input=low_res[going])
             masks[going], low_res[going] = reply.masks, reply.low_res_logits
         if done in rounds:
             found[f"{CLICKS}{done}"] = _overlap(masks, truth)

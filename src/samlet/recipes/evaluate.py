@@ -1,0 +1,252 @@
+"""Evaluate checkpoints side by side: mIoU and mDice at the original resolution, by prompt and by object size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from samlet.artefacts import write_json, write_text
+from samlet.errors import CheckpointError, DataError, SamletError
+
+if TYPE_CHECKING:
+    import torch
+
+    from samlet.data import ValidationSet
+    from samlet.data.formats import FormatName
+    from samlet.models import Sam
+
+DEFAULT_SPLIT = "val"
+DEFAULT_OUT = Path("evaluation")
+
+NOTES = """\
+Every object at the original resolution; a prediction of nothing counts 0. *point*: one click at the object's most
+interior pixel, of three masks the one the model trusts most. *+k clicks*: k more, each at the most interior pixel
+of the largest error, the last logits fed back. *box*: the object's exact box. Mean over objects; in brackets the
+95 % interval of a bootstrap over images (1000 resamples, seeded). Sizes are COCO's: small is under 32 x 32 pixels,
+medium under 96 x 96."""
+
+
+class Named(NamedTuple):
+    """A checkpoint under the name it has in the tables."""
+
+    name: str
+    path: Path
+
+
+def evaluate(
+    checkpoints: Sequence[str],
+    data: Path,
+    *,
+    split: str = DEFAULT_SPLIT,
+    format: str = "auto",
+    image_size: int | None = None,
+    out: Path | None = None,
+    clicks: Sequence[int] = (1, 3, 5),
+    device: str = "auto",
+    max_images: int | None = None,
+) -> dict[str, Any]:
+    """Measure each checkpoint (a path, or name=path) on a split of a data set; print and write what came out.
+
+    `data` has the split below it, or is itself one where no split is named. Writes evaluate.json and
+    evaluate.md into `out`, by default `evaluation`; two evaluations of the same files write the same bytes.
+
+    Raises:
+        SamletError: a checkpoint, a data set, a split or a device that is not there or cannot be used.
+    """
+    named = name_checkpoints(checkpoints)
+    images = open_split(data, split, format)
+    from samlet.engine.evaluation import BOX, CLICKS, POINT, choose_device
+
+    kinds = (POINT, *(f"{CLICKS}{count}" for count in sorted(set(clicks))), BOX)
+    target = choose_device(device)
+    count = min(len(images), max_images or len(images))
+    results: dict[str, Any] = {}
+    with _progress() as progress:
+        for checkpoint in named:
+            task = progress.add_task(checkpoint.name, total=count)
+            results[checkpoint.name] = _measure(
+                checkpoint,
+                images,
+                kinds,
+                count=count,
+                image_size=image_size,
+                device=target,
+                on_image=partial(progress.advance, task),
+            )
+    report = {"data": str(data), "split": split, "prompts": list(kinds), "checkpoints": results}
+    _publish(report, out or DEFAULT_OUT)
+    return report
+
+
+def name_checkpoints(given: Sequence[str]) -> list[Named]:
+    """Each checkpoint with its name: `name=path`, or the file's stem, or the run's folder.
+
+    Raises:
+        CheckpointError: one that does not exist, or two of one name.
+    """
+    named: list[Named] = []
+    for text in given:
+        name, equals, path = text.partition("=")
+        one = Named(name, Path(path)) if equals and name and not Path(text).exists() else _by_itself(Path(text))
+        if not one.path.exists():
+            raise CheckpointError(f"{one.path}: no such file or folder; give a checkpoint, a run, or name=path")
+        if one.name in {other.name for other in named}:
+            raise CheckpointError(f"{one.path}: another checkpoint is called '{one.name}' too; write name={one.path}")
+        named.append(one)
+    if not named:
+        raise CheckpointError("checkpoints: there is none to evaluate")
+    return named
+
+
+def open_split(data: Path, split: str, format: str) -> ValidationSet:
+    """The labelled images of a split; all of `data` where it has no `val` and none was named.
+
+    Raises:
+        DataError: there is no such split, or it cannot be used.
+    """
+    from samlet.data import DatasetConfig
+    from samlet.data.formats import FORMATS, exists
+
+    if format not in ("auto", *FORMATS):
+        raise DataError(f"format: '{format}' is not one of auto, {', '.join(FORMATS)}")
+    if not data.exists():
+        raise DataError(f"{data}: no such file or folder; give the data set's folder")
+    root = data
+    if not (data.is_dir() and exists(data, split)):
+        if split != DEFAULT_SPLIT:
+            raise DataError(f"{data}: has no split '{split}'; name a folder or annotation file in it")
+        root, split = data.resolve().parent, data.resolve().name
+    config = DatasetConfig(root=root, val=split, format=cast("FormatName", format), unlabelled="use")
+    return config.build_val(seed=0)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown tables."""
+    tables = [
+        "\n".join([_line(header), _line(["---"] + ["---:"] * (len(header) - 1)), *map(_line, rows)])
+        for header, rows in (
+            _means(report, "miou", "mIoU"),
+            _means(report, "mdice", "mDice"),
+            _over_images(report),
+            _sizes(report),
+        )
+    ]
+    first = next(iter(report["checkpoints"].values()))
+    title = f"# Evaluation on {report['data']}, {first['images']} images, {first['objects']} objects"
+    return "\n\n".join([title, *tables, NOTES]) + "\n"
+
+
+def _by_itself(path: Path) -> Named:
+    whole = path.resolve()
+    folder = whole.parent if whole.name == "best" else whole
+    return Named(folder.name if whole.is_dir() else whole.stem, path)
+
+
+def _measure(
+    checkpoint: Named,
+    images: ValidationSet,
+    kinds: tuple[str, ...],
+    *,
+    count: int,
+    image_size: int | None,
+    device: torch.device,
+    on_image: Callable[[], object],
+) -> dict[str, Any]:
+    from samlet.engine.evaluation import evaluate_sam, summarize
+    from samlet.models import load_sam
+
+    sam: Sam = load_sam(checkpoint.path, image_size=image_size).to(device)
+    scores = evaluate_sam(sam, images, kinds, indices=range(count), on_image=on_image)
+    return {
+        "path": str(checkpoint.path),
+        "kind": sam.kind,
+        "image_size": sam.image_size,
+        "parameters": sum(parameter.numel() for parameter in sam.parameters()),
+        **summarize(scores),
+    }
+
+
+def _publish(report: dict[str, Any], out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise SamletError(f"{out}: is a file; --out names the folder for evaluate.json and evaluate.md")
+    write_json(out / "evaluate.json", report)
+    write_text(out / "evaluate.md", markdown(report))
+    console = Console()
+    for name in ("miou", "mdice"):
+        header, rows = _means(report, name, {"miou": "mIoU", "mdice": "mDice"}[name])
+        table = Table(title=f"{header[0]} on {report['data']}", title_justify="left")
+        for place, title in enumerate(["checkpoint", *header[1:]]):
+            table.add_column(title, justify="right" if place else "left", no_wrap=not place)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"wrote {out / 'evaluate.json'} and {out / 'evaluate.md'}", soft_wrap=True, highlight=False)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _title(kind: str) -> str:
+    number = kind.removeprefix("clicks_")
+    return kind if number == kind else f"+{number} click{'s' * (number != '1')}"
+
+
+def _means(report: dict[str, Any], name: str, title: str) -> tuple[list[str], list[list[str]]]:
+    header = [title, "parameters", "input", *map(_title, report["prompts"])]
+    rows = [
+        [checkpoint, f"{facts['parameters'] / 1e6:.2f} M", str(facts["image_size"])]
+        + [
+            f"{100 * means[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            for means in (facts["prompts"][kind] for kind in report["prompts"])
+            for low, high in [means[f"{name}_interval"]]
+        ]
+        for checkpoint, facts in report["checkpoints"].items()
+    ]
+    return header, rows
+
+
+def _over_images(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["mean over images", *(f"{_title(kind)} mIoU" for kind in report["prompts"])]
+    rows = [
+        [name, *(_percent(facts["prompts"][kind]["miou_over_images"]) for kind in report["prompts"])]
+        for name, facts in report["checkpoints"].items()
+    ]
+    return header, rows
+
+
+def _sizes(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    first = next(iter(report["checkpoints"].values()))
+    sizes = first["prompts"][report["prompts"][0]]["by_size"]
+    header = ["mIoU by object size"] + [f"{size} ({facts['objects']})" for size, facts in sizes.items()]
+    rows = [
+        [f"{name}, {_title(kind)}", *(_percent(facts["prompts"][kind]["by_size"][size]["miou"]) for size in sizes)]
+        for name, facts in report["checkpoints"].items()
+        for kind in report["prompts"]
+    ]
+    return header, rows
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
