@@ -26,6 +26,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MAX_PIXELS = 89_478_485  # PIL's own line between a large photograph and a decompression bomb
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,33 +72,55 @@ def contained(path: Path, root: Path) -> Path:
 
 
 @contextmanager
-def _named(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one sentence that names the file."""
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    """An image whose header was read; whatever a decoder raises becomes one sentence that names the file.
+
+    Remarks on metadata (odd EXIF) say nothing on the picture and are passed over.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            yield
+            _refuse_empty(path)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                _check_header(image, path)
+                yield image
         except DataError:
             raise
         except FileNotFoundError as error:
             raise DataError(f"{path}: there is no such {kind}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise DataError(f"{path}: is larger than {MAX_PIXELS} pixels; make it smaller") from error
-        except (*_DAMAGE, Warning) as error:
+        except _DAMAGE as error:
             reason = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
             raise DataError(f"{path}: cannot be read as an {kind} ({reason}); replace or remove it") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _refuse_empty(path: Path) -> None:
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{path}: is empty (0 bytes); replace or remove it")
-    image = Image.open(path, formats=IMAGE_FORMATS)
+
+
+def _check_header(image: Image.Image, path: Path) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{path}: is larger than {MAX_PIXELS} pixels; make it smaller")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a phone's MPO is a photograph with a preview behind it
         raise DataError(f"{path}: holds {frames} frames; save the one you mean as a single image")
-    return image
+
+
+def _check_png(path: Path) -> None:
+    """Compare the checksum of every chunk, which PIL leaves out where pixels are stored."""
+    content = memoryview(path.read_bytes())
+    place = len(_PNG_SIGNATURE)
+    while place + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, place)
+        end = place + 8 + length
+        if end + 4 > len(content):
+            raise DataError(f"{path}: is cut off; replace or remove it")
+        if zlib.crc32(content[place + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+            raise DataError(f"{path}: is damaged (a checksum differs); replace or remove it")
+        place = end + 4
 
 
 def _orientation(image: Image.Image) -> int:
@@ -105,7 +128,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (*_DAMAGE, Warning):  # damaged EXIF says nothing; the picture may be sound all the same
+    except _DAMAGE:  # damaged EXIF says nothing; the picture may be sound all the same
         return 1
 
 
@@ -114,6 +137,12 @@ def _sixteen_bit(image: Image.Image, path: Path) -> Image.Image:
     if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise DataError(f"{path}: holds values outside 0..65535; save it with 8 or 16 bits a channel")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _load(image: Image.Image, path: Path) -> None:
+    if image.format == "PNG":
+        _check_png(path)
+    image.load()
 
 
 def to_rgb(image: Image.Image, path: Path) -> Image.Image:
@@ -137,9 +166,9 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         DataError: missing, damaged, truncated, of a foreign format, animated, or a decompression bomb.
     """
-    with _named(path, "image"), _open(path) as image:
+    with _opened(path, "image") as image:
         orientation = _orientation(image)
-        image.load()
+        _load(image, path)
         rgb = to_rgb(image, path)
         return np.array(rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb)
 
@@ -150,7 +179,7 @@ def probe_image(path: Path) -> ImageInfo:
     Raises:
         DataError: as `read_image`, as far as the header shows it.
     """
-    with _named(path, "image"), _open(path) as image:
+    with _opened(path, "image") as image:
         orientation = _orientation(image)
         height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
         return ImageInfo((height, width), image.format or "?", image.mode, orientation in _TURNS)
@@ -162,8 +191,8 @@ def read_values(path: Path) -> UInt8[np.ndarray, "H W"] | np.ndarray:
     Raises:
         DataError: as `read_image`.
     """
-    with _named(path, "mask image"), _open(path) as image:
-        image.load()
+    with _opened(path, "image of a mask") as image:
+        _load(image, path)
         if image.mode == "F":
             raise DataError(f"{path}: holds floating-point values; save it with 8 or 16 bits")
         return np.array(image)
