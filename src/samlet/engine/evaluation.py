@@ -99,7 +99,7 @@ def evaluate_sam(
     """
     rounds = _rounds(prompts)
     parts = [_no_scores(tuple(prompts))]
-    with _frozen(sam):
+    with unchanged_in_eval_mode(sam):
         for index in range(len(images)) if indices is None else indices:
             parts.append(_score_image(sam, images.item(index), index, tuple(prompts), rounds))
             if on_image is not None:
@@ -239,7 +239,7 @@ def _refuse_empty(scores: ObjectScores) -> None:
 
 
 @contextmanager
-def _frozen(sam: nn.Module) -> Iterator[None]:
+def unchanged_in_eval_mode(sam: nn.Module) -> Iterator[None]:
     """Evaluation mode without autocast and gradient; each module's own mode comes back, frozen BatchNorms included."""
     modes = [(module, module.training) for module in sam.modules()]
     sam.eval()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 DEFAULT_SPLIT = "val"
 DEFAULT_OUT = Path("evaluation")
+TITLES = {"miou": "mIoU", "mdice": "mDice"}
 
 NOTES = """\
-Every object at the original resolution; a prediction of nothing counts 0. *point*: one click at the object's most
-interior pixel, of three masks the one the model trusts most. *+k clicks*: k more, each at the most interior pixel
-of the largest error, the last logits fed back. *box*: the object's exact box. Mean over objects; in brackets the
-95 % interval of a bootstrap over images (1000 resamples, seeded). Sizes are COCO's: small is under 32 x 32 pixels,
-medium under 96 x 96."""
+In percent, over every object at the original resolution; a prediction of nothing counts 0. *point*: one click at
+the object's most interior pixel, of three masks the one the model trusts most. *+k clicks*: k more, each at the
+most interior pixel of the largest error, the last logits fed back. *box*: the object's exact box. Mean over
+objects; in brackets the 95 % interval of a bootstrap over images (1000 resamples, seeded). Sizes are COCO's:
+small is under 32 x 32 pixels, medium under 96 x 96."""
 
 
 class Named(NamedTuple):
@@ -131,8 +133,7 @@ def markdown(report: dict[str, Any]) -> str:
     tables = [
         "\n".join([_line(header), _line(["---"] + ["---:"] * (len(header) - 1)), *map(_line, rows)])
         for header, rows in (
-            _means(report, "miou", "mIoU"),
-            _means(report, "mdice", "mDice"),
+            *(_means(report, name, title) for name, title in TITLES.items()),
             _over_images(report),
             _sizes(report),
         )
@@ -178,15 +179,20 @@ def _publish(report: dict[str, Any], out: Path) -> None:
     write_json(out / "evaluate.json", report)
     write_text(out / "evaluate.md", markdown(report))
     console = Console()
-    for name in ("miou", "mdice"):
-        header, rows = _means(report, name, {"miou": "mIoU", "mdice": "mDice"}[name])
-        table = Table(title=f"{header[0]} on {report['data']}", title_justify="left")
-        for place, title in enumerate(["checkpoint", *header[1:]]):
-            table.add_column(title, justify="right" if place else "left", no_wrap=not place)
+    for name, title in TITLES.items():
+        header, rows = _means(report, name, title)
+        table = Table(title=f"{title} on {report['data']}, percent", title_justify="left")
+        for place, heading in enumerate(["checkpoint", *header[1:]]):
+            table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(escape(cell.partition(" [")[0]) for cell in row))
         console.print(table)
-    console.print(f"wrote {out / 'evaluate.json'} and {out / 'evaluate.md'}", soft_wrap=True, highlight=False)
+    console.print(
+        f"wrote {out / 'evaluate.json'} and {out / 'evaluate.md'} (with 95 % intervals)",
+        markup=False,
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _progress() -> Progress:
@@ -210,7 +216,7 @@ def _title(kind: str) -> str:
 
 
 def _means(report: dict[str, Any], name: str, title: str) -> tuple[list[str], list[list[str]]]:
-    header = [title, "parameters", "input", *map(_title, report["prompts"])]
+    header = [title, "size", "input", *map(_title, report["prompts"])]
     rows = [
         [checkpoint, f"{facts['parameters'] / 1e6:.2f} M", str(facts["image_size"])]
         + [

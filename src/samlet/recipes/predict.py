@@ -185,4 +185,5 @@ def _say(prediction: Prediction, out: Path, overlay: Path | None) -> None:
         f"predicted IoU {prediction.predicted_iou:.3f}{nothing}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.tiny import STUDENT, write_scenes, write_teacher
+
+from samlet.errors import CheckpointError, DataError, SamletError
+from samlet.models import load_sam
+from samlet.recipes.evaluate import Named, evaluate, markdown, name_checkpoints, open_split
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), train=3, val=2)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    write_teacher(folder / "teacher.pth")
+    write_teacher(folder / "base.pt", seed=2)
+    return folder
+
+
+def test_several_checkpoints_side_by_side_and_the_same_bytes_again(
+    tmp_path: Path, scenes: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(weights / "base.pt"), f"big one={weights / 'teacher.pth'}"]
+    for name in ("a", "b"):
+        report = evaluate(given, scenes, image_size=64, out=tmp_path / name, clicks=(1, 2), device="cpu")
+    for name in ("evaluate.json", "evaluate.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    written = json.loads((tmp_path / "a" / "evaluate.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(report))
+    assert sorted(written["checkpoints"]) == ["base", "big one"]
+    facts = written["checkpoints"]["base"]
+    assert facts["images"] == 2
+    assert facts["kind"] == "vit_b"
+    assert facts["parameters"] == sum(p.numel() for p in load_sam(weights / "base.pt", image_size=64).parameters())
+    assert sorted(facts["prompts"]) == ["box", "clicks_1", "clicks_2", "point"]
+    low, high = facts["prompts"]["point"]["miou_interval"]
+    assert 0 <= low <= facts["prompts"]["point"]["miou"] <= high <= 1
+    shown = capsys.readouterr().out
+    assert "big one" in shown
+    assert "mDice" in shown
+    table = markdown(report)
+    assert "| base |" in table
+    assert "+2 clicks" in table
+    assert f"{100 * facts['prompts']['box']['miou']:.1f} [" in table
+
+
+def test_a_split_may_be_named_or_be_the_data_itself(scenes: Path) -> None:
+    assert open_split(scenes, "val", "auto").image_ids == open_split(scenes / "val", "val", "auto").image_ids
+    assert len(open_split(scenes, "train", "auto")) == 3
+    assert len(open_split(scenes / "train", "val", "auto")) == 3
+
+
+def test_a_split_a_format_or_a_folder_that_is_not_there(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no split 'test'"):
+        open_split(scenes, "test", "auto")
+    with pytest.raises(DataError, match="format: 'voc'"):
+        open_split(scenes, "val", "voc")
+    with pytest.raises(DataError, match="nowhere"):
+        open_split(tmp_path / "nowhere", "val", "auto")
+
+
+def test_names_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "run.1" / "best").mkdir(parents=True)
+    (tmp_path / "a=b.pt").touch()
+    (tmp_path / "a.pt").touch()
+    given = [str(tmp_path / name) for name in ("run.1", "a=b.pt", "a.pt")]
+    assert [one.name for one in name_checkpoints(given)] == ["run.1", "a=b", "a"]
+    assert name_checkpoints([str(tmp_path / "run.1" / "best")])[0].name == "run.1"
+    assert name_checkpoints([f"x={tmp_path / 'a.pt'}"]) == [Named("x", tmp_path / "a.pt")]
+
+
+def test_checkpoints_that_cannot_be_told_apart_or_found(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").touch()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.pt").touch()
+    with pytest.raises(CheckpointError, match="called 'a' too"):
+        name_checkpoints([str(tmp_path / "a.pt"), str(tmp_path / "b" / "a.pt")])
+    with pytest.raises(CheckpointError, match="no such file"):
+        name_checkpoints([str(tmp_path / "none.pt")])
+    with pytest.raises(CheckpointError, match="none to evaluate"):
+        name_checkpoints([])
+
+
+def test_out_must_not_be_a_file(tmp_path: Path, scenes: Path, weights: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(SamletError, match="is a file"):
+        evaluate(
+            [str(weights / "base.pt")],
+            scenes,
+            image_size=64,
+            out=tmp_path / "out",
+            clicks=(),
+            device="cpu",
+            max_images=1,
+        )
+
+
+def test_real_photographs(tmp_path: Path, shared: Path) -> None:
+    write_teacher(tmp_path / "student.pt", kind="vit_t", **STUDENT)
+    report = evaluate(
+        [str(tmp_path / "student.pt")],
+        shared / "data" / "potholes",
+        image_size=64,
+        out=tmp_path / "out",
+        clicks=(1,),
+        device="cpu",
+        max_images=2,
+    )
+    assert report["checkpoints"]["student"]["images"] == 2
