@@ -132,5 +132,8 @@ def _load_optimizer(student: Sam, optimizer: torch.optim.Optimizer, tensors: dic
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
-        moments.setdefault(names[name], {})[moment] = value
+        parameter = parameters[names[name]]
+        # A fused update runs over raw memory, so moments must lie as their parameter does (channels-last, say).
+        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        moments.setdefault(names[name], {})[moment] = laid_out
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -76,7 +76,7 @@ def save_sam_safetensors(sam: Sam, path: Path) -> None:
     state = plain_state(sam)
     arch = json.dumps(sam.arch, sort_keys=True)
     metadata = {"format": "pt", ARCH: arch, DIGEST: _digest(state, arch)}
-    content = save(state, metadata)
+    content = _in_order(save(state, metadata))
     write_file(path, lambda place: place.write_bytes(content))
 
 
@@ -89,6 +89,16 @@ def save_sam_upstream(sam: Sam, path: Path) -> None:
     content = io.BytesIO()  # into a file, torch would write the file's name too, and equal weights differ
     torch.save(plain_state(sam), content)
     write_file(path, lambda place: place.write_bytes(content.getbuffer()))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library leaves their order to chance, and equal weights differ."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def plain_state(sam: Sam) -> dict[str, Tensor]:

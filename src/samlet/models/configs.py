@@ -49,6 +49,8 @@ class ModelConfig(StrictModel):
     """Image encoder: MobileSAM's TinyViT (vit_t) or SAM's ViT of three sizes."""
     checkpoint: ExistingPath | None = None
     """Weights to start from: a .pt or .pth file, .safetensors, a run of samlet, or a Hugging Face SamModel folder."""
+    decoder_checkpoint: ExistingPath | None = None
+    """Where prompt encoder and mask decoder start from, in place of `checkpoint`'s: a teacher's, as MobileSAM's did."""
     image_size: int = Field(1024, ge=32, multiple_of=16)
     """Side of the square the encoder sees, in pixels; a multiple of 16."""
     encoder: EncoderConfig = EncoderConfig()
@@ -84,5 +86,12 @@ class ModelConfig(StrictModel):
             sam = load_sam(self.checkpoint, self.image_size, **sizes)
         if sam.kind != self.kind:
             raise CheckpointError(f"{self.checkpoint}: holds a {sam.kind}, the configuration says kind: {self.kind}")
+        if self.decoder_checkpoint is not None:
+            donor = load_sam(self.decoder_checkpoint, self.image_size)
+            try:
+                sam.prompt_encoder.load_state_dict(donor.prompt_encoder.state_dict())
+                sam.mask_decoder.load_state_dict(donor.mask_decoder.state_dict())
+            except RuntimeError as error:
+                raise CheckpointError(f"{self.decoder_checkpoint}: its decoder has other sizes: {error}") from error
         freeze_batch_norm(sam, self.batch_norm == "frozen")
         return sam

@@ -31,6 +31,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, inner)
         self.v_proj = nn.Linear(dim, inner)
         self.out_proj = nn.Linear(inner, dim)
+        # Tied at the start, queries and keys agree where positions do: a fresh decoder looks where its prompt points.
+        nn.init.normal_(self.k_proj.weight, std=dim**-0.5)
+        with torch.no_grad():
+            self.q_proj.weight.copy_(self.k_proj.weight)
 
     def forward(
         self, q: Float[Tensor, "P N C"], k: Float[Tensor, "P L C"], v: Float[Tensor, "P L C"], mask: Tensor | None

@@ -29,6 +29,7 @@ from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
 from samlet.engine.audit import audit_gradients
 from samlet.engine.checkpoint import TrainerState, load_checkpoint, newest_valid, save_checkpoint
 
+from samlet.engine.curves import plot_curves
 from samlet.engine.facts import facts_of_end, facts_of_start, refuse_other_config
 from samlet.engine.parts import build_optimizer, set_trainable
 from samlet.engine.processes import agreed, gather_random_states, gathered, restore_random_state, total
@@ -420,7 +421,7 @@ def finish(run: Run) -> None:
     """Put the best student where people look, draw the curves, and say what came out."""
     if run.accelerator.is_main_process:
         published = run.folder.publish_best()
-        pass
+        plot_curves(run.folder.metrics, run.folder.curves)
         outcome = {"steps": run.state.step, "best": run.state.best, "best_step": run.state.best_step}
         run.folder.update_facts(**facts_of_end(run.folder.best / "student.safetensors", **outcome))
         run.accelerator.print(

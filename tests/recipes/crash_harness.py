@@ -1,0 +1,144 @@
+"""Kill a training run at random moments and resume it, again and again; run as a script, prints JSON.
+
+    python crash_harness.py SCENES OUT KILLS BUG CONFIG_BLOCKS
+
+A parent that has imported everything forks a child for each start, so that a kill costs milliseconds. BUG plants a
+mistake that the comparison must notice: `naive_save` (files written in place, nothing vouches for them),
+`forgotten_sampler` (every start begins the epoch again), `kept_rows` (metrics.jsonl is not cut back); `none` plants nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)  # threads do not survive a fork
+
+from samlet.artefacts import MANIFEST  # noqa: E402
+from samlet.config import RunConfig  # noqa: E402
+from samlet.engine import checkpoint, run_dir  # noqa: E402
+from samlet.recipes import train as recipe  # noqa: E402
+from tests.tiny import tiny_config  # noqa: E402
+
+
+def plant_naive_save() -> None:
+    """Write checkpoints where they belong, file by file, and be killed once in between."""
+
+    def write_in_place(path: Path, fill: Callable[[Path], object], **facts: Any) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        fill(path)
+        (path / MANIFEST).write_text(json.dumps({**facts, "files": {}}))
+
+    def die_half_way(student: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+        raise SystemExit(137)
+
+    checkpoint.write_directory = write_in_place
+    checkpoint._optimizer_tensors = die_half_way
+
+
+def plant_forgotten_sampler() -> None:
+    """Start every epoch again after a resume."""
+
+    class Forgetful(recipe.StepSampler):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "start_step": 0})
+
+    recipe.StepSampler = Forgetful  # type: ignore[misc]
+
+
+def plant_kept_rows() -> None:
+    """Leave the rows of steps that are done again."""
+    run_dir.RunDir.continues_at = lambda self, metrics_bytes: None  # type: ignore[method-assign]
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "naive_save": plant_naive_save,
+    "forgotten_sampler": plant_forgotten_sampler,
+    "kept_rows": plant_kept_rows,
+}
+
+
+def start(config: RunConfig, bug: str = "none") -> int:
+    """Train in a forked child; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        BUGS[bug]()
+        code = recipe.train(config)
+    finally:
+        os._exit(code)
+
+
+def finish(child: int) -> int:
+    """Wait for a child; its exit code, negative where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def under_fire(config: RunConfig, kills: int, bug: str, longest: float, moments: random.Random) -> int:
+    """Start until the run ends, killing up to `kills` starts at random moments; the number of kills that hit."""
+    hits = 0
+    if bug == "naive_save":
+        finish(start(config, bug))
+        bug = "none"
+    while True:
+        child = start(config, bug)
+        if hits < kills:
+            time.sleep(moments.uniform(0.02, longest))
+            os.kill(child, signal.SIGKILL)
+        code = finish(child)
+        if code == -signal.SIGKILL:
+            hits += 1
+        elif code == 0 or hits >= kills:
+            return hits
+
+
+def digests(out: Path) -> dict[str, str]:
+    """sha256 of everything that a run leaves and that must not depend on being killed."""
+    newest = checkpoint.checkpoints_in(out / "checkpoints")
+    files = [out / "metrics.jsonl", out / "student.safetensors"]
+    if newest:
+        files += [newest[0] / name for name in ("student.safetensors", "optimizer.safetensors", "trainer.json")]
+    return {
+        f"{file.parent.name if file.parent != out else ''}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.exists()
+    }
+
+
+def main() -> None:
+    """Run once in peace and once under fire; print what both left."""
+    scenes, out, kills, bug, blocks = sys.argv[1:]
+    peaceful = tiny_config(Path(scenes), Path(out) / "peaceful", **json.loads(blocks))
+    began = time.monotonic()
+    assert finish(start(peaceful)) == 0, "the uninterrupted run failed"
+    longest = (time.monotonic() - began) * 0.4
+    expected = digests(peaceful.output_dir)
+    moments, hits, differing = random.Random(0), 0, list[str]()
+    for number in range(20):
+        stormy = tiny_config(Path(scenes), Path(out) / f"stormy{number}", **json.loads(blocks))
+        hits += under_fire(stormy, int(kills) - hits, bug, longest, moments)
+        found = digests(stormy.output_dir)
+        differing += sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        if hits >= int(kills):
+            break
+    sys.stdout.write(json.dumps({"hits": hits, "files": len(expected), "differing": differing}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
