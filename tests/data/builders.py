@@ -12,7 +12,7 @@ from samlet.data.configs import DatasetConfig
 
 def disc(size: tuple[int, int], x: float, y: float, radius: float) -> np.ndarray:
     rows, columns = np.mgrid[: size[0], : size[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+    return np.asarray((columns - x) ** 2 + (rows - y) ** 2 <= radius**2)
 
 
 def picture(size: tuple[int, int] = (48, 64), seed: int = 0) -> np.ndarray:

@@ -153,6 +153,16 @@ def test_unlabelled_images_are_refused_or_prompted_blind(root: Path) -> None:
     assert not sample.masks.any()
 
 
+def test_unlabelled_images_can_be_left_out(root: Path) -> None:
+    save(picture(), root / "train" / "images" / "bare.png")
+    assert "bare" not in build(config(root, unlabelled="drop")).image_ids
+    few = build(config(root, unlabelled="drop", labelled_fraction=0.3))
+    use = build(config(root, unlabelled="use", labelled_fraction=0.3))
+    labelled = {record.image_id for record in use.records if record.open_masks}
+    assert set(few.image_ids) == labelled
+    assert few.num_labelled == len(few) == use.num_labelled == 2
+
+
 def test_blind_prompts_follow_the_mode(root: Path) -> None:
     for mode, labels in (("point", {1, -1}), ("box", {2, 3})):
         dataset = build(config(root, unlabelled="use", labelled_fraction=0.0, mode=mode))

@@ -95,7 +95,7 @@ def test_workers_do_not_change_a_bit(small: SegmentationDataset, reference: list
 
 def test_two_ranks_hold_the_samples_of_one(small: SegmentationDataset, reference: list[list[object]]) -> None:
     ranks = [_load(small, StepSampler(5, 7, 2, rank=rank, world=2, epochs=2), 0) for rank in range(2)]
-    for first, second, whole in zip(*ranks, reference, strict=True):
+    for first, second, whole in zip(ranks[0], ranks[1], reference, strict=True):
         assert [*first.pixels.tolist(), *second.pixels.tolist()] == whole[0]
         assert [*first.masks.tolist(), *second.masks.tolist()] == whole[7]
 

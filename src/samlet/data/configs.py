@@ -99,8 +99,8 @@ class DatasetConfig(StrictModel):
     """Most objects that are drawn from an image in a step; the encoder runs once for all of them."""
     min_area: Annotated[int, Field(ge=1)] = 9
     """Objects with fewer visible pixels in the input frame are not drawn."""
-    unlabelled: Literal["refuse", "use"] = "refuse"
-    """Images without masks: refuse them, or use them for what a teacher says."""
+    unlabelled: Literal["refuse", "use", "drop"] = "refuse"
+    """Images without masks: refuse them, use them for what a teacher says, or leave them out."""
     labelled_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the training images whose masks are used, chosen by seed and id; the others count as unlabelled."""
     broken: Literal["refuse", "skip"] = "refuse"
@@ -109,7 +109,7 @@ class DatasetConfig(StrictModel):
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """Left-out labels without leave to use unlabelled images."""
         if self.labelled_fraction < 1 and self.unlabelled == "refuse":
-            yield ("labelled_fraction",), "below 1 makes images unlabelled; set dataset.unlabelled to use"
+            yield ("labelled_fraction",), "below 1 makes images unlabelled; set dataset.unlabelled to use or drop"
 
     def build_train(
         self, *, image_size: int, seed: int, prompts: PromptConfig, augmentation: AugmentationConfig

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _CELL, _GAP, _CAPTION, _MARGIN = 300, 14, 40, 28  # pixels
 _COLUMNS, _FINE = 4, 2  # images are drawn at twice the size and shrunk: smooth outlines
 _PAPER, _INK, _FAINT, _ALARM = (22, 24, 28), (238, 240, 243), (150, 156, 166), (255, 107, 107)
+_DOT = 5  # radius of a centre's dot
 _FILL = 0.34  # opacity of a mask
 _GOLDEN = 0.61803398875  # steps of the hue that never come close to an earlier one
 
@@ -49,8 +50,7 @@ def draw_masks(image: UInt8[np.ndarray, "H W 3"], masks: Sequence[Bool[np.ndarra
     for number in order:
         _draw_mask(canvas, masks[number], np.array(object_colour(number), np.float32))
     picture = Image.fromarray(canvas.round().astype(np.uint8))
-    if len(masks) <= 40:
-        _draw_centres(picture, [masks[number] for number in order], fine)
+    _draw_centres(picture, [masks[number] for number in order], fine)
     final = max(1, round(size[0] / _FINE)), max(1, round(size[1] / _FINE))
     return picture.resize(final, Image.Resampling.LANCZOS)
 
@@ -65,10 +65,13 @@ def _draw_mask(canvas: np.ndarray, mask: Bool[np.ndarray, "H W"], colour: np.nda
 
 
 def _draw_centres(picture: Image.Image, masks: Sequence[Bool[np.ndarray, "H W"]], scale: float) -> None:
+    """A dot on each object that is large enough to show it."""
     draw = ImageDraw.Draw(picture)
     for mask in masks:
+        if np.sqrt(np.count_nonzero(mask)) * scale < 8 * _DOT:
+            continue
         x, y = ((value + 0.5) * scale for value in centre_point(mask))
-        draw.ellipse([x - 6, y - 6, x + 6, y + 6], fill=(255, 255, 255), outline=(20, 20, 20), width=2)
+        draw.ellipse([x - _DOT, y - _DOT, x + _DOT, y + _DOT], fill=(255, 255, 255), outline=(20, 20, 20), width=2)
 
 
 def _cell(record: Record) -> tuple[Image.Image, str, tuple[int, int, int]]:

@@ -55,7 +55,12 @@ def train_split(config: DatasetConfig, seed: int) -> Split:
         held = pick(found.records, config.val_fraction, seed)
         found.records = [record for record in found.records if record.image_id not in held]
     split = _usable(found, config)
-    return Split(withhold_labels(split.records, config.labelled_fraction, seed), split.problems)
+    records = withhold_labels(split.records, config.labelled_fraction, seed)
+    if config.unlabelled == "drop":
+        records = [record for record in records if record.open_masks]
+    if not records:
+        raise DataError(f"{config.root}: no image of the training split '{config.train}' has masks")
+    return Split(records, split.problems)
 
 
 def val_split(config: DatasetConfig, seed: int) -> Split:
@@ -91,7 +96,7 @@ def _usable(found: Found, config: DatasetConfig) -> Split:
         reasons = [Problem(str(record.image_path), "has no masks") for record in bare]
         raise DataError(
             f"{config.root}: {len(bare)} of {len(records)} images have no masks; "
-            f"set dataset.unlabelled to use if a teacher is to supervise them\n{describe(reasons)}"
+            f"set dataset.unlabelled to use if a teacher is to supervise them, or to drop\n{describe(reasons)}"
         )
     if not records:
         raise DataError(f"{config.root}: there is no image that can be used; `samlet check-data` says why")

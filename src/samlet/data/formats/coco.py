@@ -147,7 +147,11 @@ class _Reader:
         return None
 
     def _existing(self, name: str, where: str) -> Path | None:
-        path = next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+        try:
+            path = next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+        except OSError as error:
+            self.found.error(where, f"its file_name is no usable path ({error.strerror})")
+            return None
         if path is None:
             self.found.error(where, f"its file {name} is not there")
             return None
