@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from samlet.losses import dice_loss, focal_loss, iou_loss, task_loss
+from samlet.losses.task import chosen_masks
 
 TERMS = ["dice", "focal", "iou"]
 
@@ -144,3 +145,19 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         terms = task_loss(*arguments, _all(True))
     torch.testing.assert_close(terms, exact, rtol=0, atol=0)
+
+
+def test_the_padding_has_no_say_in_which_mask_is_best() -> None:
+    masks = torch.zeros(1, 8, 8)
+    masks[:, :4, :4] = 1
+    valid = torch.zeros(1, 8, 8)
+    valid[:, :4] = 1
+    logits = (torch.stack([masks, masks, masks, masks], dim=1) * 2 - 1) * 6
+    logits[:, 1, 4:] = 6.0  # right where it counts, wrong in the padding
+    logits[:, 2, :4] *= 0.5
+    logits[:, 3] = 0.0
+    ambiguous = torch.tensor([True])
+    assert chosen_masks(logits, masks, valid, ambiguous).tolist() == [1]
+    assert chosen_masks(logits, masks, None, ambiguous).tolist() == [2]
+    terms = task_loss(logits, torch.zeros(1, 4), masks, valid, ambiguous)
+    torch.testing.assert_close(terms["focal"], focal_loss(logits[:, 1:2], masks, valid, reduction="none"))
