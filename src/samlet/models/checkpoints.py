@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from samlet.models.sam import Sam
 
 STUDENT = "student.safetensors"  # in a run's checkpoint directory
-ARCH, DIGEST = "samlet_arch", "samlet_sha256"  # keys of our safetensors' metadata
+METADATA = "samlet"  # the only key of our safetensors' metadata: several would be written in random order
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80"
 
 
@@ -56,8 +56,9 @@ def load_sam(path: Path | str, image_size: int | None = None, **overrides: Any) 
         state = hf.to_upstream(state)
     try:
         _drop_pixel_buffers(state)
-        arch = arch or infer_arch(state)
-        arch.update({**overrides, "image_size": image_size or arch["image_size"]})
+        arch = {**(infer_arch(state) if arch is None else arch), **overrides}
+        if image_size is not None:
+            arch["image_size"] = image_size
         with torch.device("meta"):
             sam = build_sam(**arch)
         _resample_positions(state, sam)
@@ -74,9 +75,8 @@ def save_sam_safetensors(sam: Sam, path: Path) -> None:
         SamletError: the disk is full, or not ours to write.
     """
     state = plain_state(sam)
-    arch = json.dumps(sam.arch, sort_keys=True)
-    metadata = {"format": "pt", ARCH: arch, DIGEST: _digest(state, arch)}
-    content = _in_order(save(state, metadata))
+    note = json.dumps({"arch": sam.arch, "sha256": digest_of(state, sam.arch)}, sort_keys=True)
+    content = save(state, {METADATA: note})
     write_file(path, lambda place: place.write_bytes(content))
 
 
@@ -89,16 +89,6 @@ def save_sam_upstream(sam: Sam, path: Path) -> None:
     content = io.BytesIO()  # into a file, torch would write the file's name too, and equal weights differ
     torch.save(plain_state(sam), content)
     write_file(path, lambda place: place.write_bytes(content.getbuffer()))
-
-
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: the library leaves their order to chance, and equal weights differ."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def plain_state(sam: Sam) -> dict[str, Tensor]:
@@ -162,7 +152,8 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
             broken = archive.testzip()
         if broken is not None:
             raise CheckpointError(f"{file}: {damaged} (checksum of {broken})")
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as stream:  # given a name, torch may choose another reader by its ending
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CheckpointError(
             f"{file}: holds more than tensors, so opening it could run code; nothing was run. "
@@ -191,21 +182,23 @@ def _tensors(file: Path, content: Any) -> dict[str, Tensor]:
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(file, framework="pt") as archive:
-            metadata = archive.metadata() or {}
+            note = json.loads((archive.metadata() or {}).get(METADATA, "null"))
             state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise CheckpointError(
             f"{file}: damaged or cut short: copy or download it again ({_first_line(error)})"
         ) from error
-    if ARCH not in metadata:
+    if note is None:
         return state, None
-    if metadata.get(DIGEST) != _digest(state, metadata[ARCH]):
+    arch = note.get("arch") if isinstance(note, dict) else None
+    if not isinstance(arch, dict) or note.get("sha256") != digest_of(state, arch):
         raise CheckpointError(f"{file}: damaged: its content is not what its own digest says; copy it again")
-    return state, dict(json.loads(metadata[ARCH]))
+    return state, arch
 
 
-def _digest(state: Mapping[str, Tensor], arch: str) -> str:
-    digest = hashlib.sha256(arch.encode())
+def digest_of(state: Mapping[str, Tensor], arch: Mapping[str, Any]) -> str:
+    """sha256 over sizes, names, types and values."""
+    digest = hashlib.sha256(json.dumps(arch, sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

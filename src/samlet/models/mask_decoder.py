@@ -103,7 +103,7 @@ class MaskDecoder(nn.Module):
         On a CPU, where no gradient is wanted, a few prompts at a time: the same answers, out of the cache.
         """
         grid = (embedding.shape[2], embedding.shape[3])
-        tokens = embedding.flatten(2).transpose(1, 2)
+        tokens = embedding.flatten(2).transpose(1, 2).contiguous()
         offsets = self.transformer.offsets(image_pe.flatten(2).transpose(1, 2)[0])
         shared = self.transformer.enter(tokens + no_mask, offsets) if prompts.dense is None else None
 

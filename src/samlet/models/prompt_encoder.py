@@ -30,13 +30,13 @@ class PositionEmbeddingRandom(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_features))
 
     def forward(self, positions: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch C"]:
-        """(sin, cos)(2 pi (2 p - 1) G) of positions p = (x, y) in 0..1; in float32 also under autocast.
+        """(sin, cos)(2 pi (2 p - 1) G) of positions p = (x, y) in 0..1; in float32 at least, also under autocast.
 
         A frequency times a rounded position is another position: half precision would move clicks by pixels.
         """
         with torch.autocast(positions.device.type, enabled=False):
-            angles = (2 * positions.float() - 1) @ self.positional_encoding_gaussian_matrix.float()
-            angles = 2 * math.pi * angles
+            matrix = _at_least_float32(self.positional_encoding_gaussian_matrix)
+            angles = 2 * math.pi * ((2 * positions.to(matrix.dtype) - 1) @ matrix)
             return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def grid(self, size: tuple[int, int]) -> Float[Tensor, "h w C"]:
@@ -71,7 +71,7 @@ class PromptEncoder(nn.Module):
 
     def sparse_embeddings(self, coords: Float[Tensor, "P T 2"], labels: Int[Tensor, "P T"]) -> Float[Tensor, "P T 256"]:
         """Position (of the pixel's centre) plus the learnt embedding of the label; padding has no position."""
-        position = self.pe_layer((coords.float() + 0.5) / self.image_size)
+        position = self.pe_layer((_at_least_float32(coords) + 0.5) / self.image_size)
         position = torch.where((labels == PADDING)[..., None], 0.0, position)
         table = torch.cat([self.not_a_point_embed.weight, *(kind.weight for kind in self.point_embeddings)])
         return position + F.embedding(labels.long() + 1, table)
@@ -84,3 +84,7 @@ class PromptEncoder(nn.Module):
     def get_dense_pe(self, size: tuple[int, int]) -> Float[Tensor, "1 256 h w"]:
         """Positional encoding of the image embedding's grid."""
         return self.pe_layer.grid(size).permute(2, 0, 1)[None]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -86,7 +86,7 @@ class Sam(nn.Module):
         streams = [self._stream(name) for name in taps]
         embedded = self._embed(prompts, embedding)
         no_mask = self.prompt_encoder.no_mask_embed.weight[0]
-        image_pe = self.prompt_encoder.get_dense_pe((embedding.shape[2], embedding.shape[3]))
+        image_pe = self.prompt_encoder.get_dense_pe((embedding.shape[2], embedding.shape[3])).to(no_mask.dtype)
         out = self.mask_decoder(embedding, no_mask, image_pe, embedded, masks=MASKS[multimask_output], streams=streams)
         return MaskOutput(
             out.masks, out.iou[:, MASKS[multimask_output]], out.mask_tokens, dict(zip(taps, out.streams, strict=True))
