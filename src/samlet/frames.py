@@ -22,9 +22,12 @@ LOW_RES_STRIDE = 4  # the mask decoder answers on a grid of S/4 x S/4
 
 
 def resized_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(H, W) of an image whose longest side is brought to `image_size`; halves round up, as in SAM."""
+    """(H, W) of an image whose longest side is brought to `image_size`; halves round up, as in SAM.
+
+    No side falls under one pixel, so that a strip of 1 x 2000 pixels stays an image.
+    """
     scale = image_size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resize_longest_side(image: UInt8[np.ndarray, "H W 3"], image_size: int) -> UInt8[np.ndarray, "h w 3"]:
