@@ -60,7 +60,7 @@ def test_pixels_keep_their_shape_under_scale_and_crop() -> None:
         assert (x1 - x0) / geometry.size[1] == pytest.approx((y1 - y0) / geometry.size[0], rel=0.05)
 
 
-@pytest.mark.parametrize("size", [(48, 64), (64, 48), (200, 131), (33, 33), (7, 90), (128, 128)])
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (200, 131), (33, 33), (7, 90), (128, 128), (1, 600)])
 def test_without_augmentation_it_is_preprocess_to_the_bit(size: tuple[int, int]) -> None:
     image = picture(size)
     geometry = draw_geometry(generator(Stream.GEOMETRY, 3), size, 128, Augmentation())

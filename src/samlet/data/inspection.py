@@ -14,7 +14,7 @@ import numpy as np
 from samlet.data.formats import FormatName, exists, read_split
 from samlet.data.formats.instance_labels import LabelImage
 from samlet.data.images import probe_image, read_image, read_values
-from samlet.data.masks import VOID, object_labels, single_channel, value_counts
+from samlet.data.masks import VOID, object_labels, single_channel
 from samlet.data.records import Found, MaskFiles, ObjectMasks, Problem, Record
 from samlet.errors import DataError
 
@@ -230,16 +230,16 @@ class _Inspector:
     def _storage_of(self, path: Path, *, labels: bool) -> None:
         mode = probe_image(path).mode
         channel = single_channel(read_values(path))
-        values = value_counts(channel)[0]
+        low, high = int(channel.min()), int(channel.max())
         if labels:
             kind = f"instance numbers ({mode})"
-            if values[-1] == VOID and VOID not in object_labels(channel):
+            if high == VOID and VOID not in object_labels(channel):
                 self.report.note(path, "has 255 as void: these pixels belong to no object")
-        elif len(values) > 2:
+        elif ((channel > low) & (channel < high)).any():
             kind = f"soft edges ({mode})"
             self.report.note(path, "has soft edges; the object is what exceeds half of the largest value")
         else:
-            kind = f"{values[0]}/{values[-1]} ({mode})" if len(values) == 2 else f"{values[-1]} only ({mode})"
+            kind = f"{low}/{high} ({mode})" if low < high else f"{high} only ({mode})"
         self.report.storage[kind] += 1
         if mode not in {"1", "L", "P"} and not mode.startswith("I"):
             self.report.note(path, f"is a mask stored as {mode}; its largest channel is taken")

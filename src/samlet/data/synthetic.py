@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from scipy.ndimage import gaussian_filter, zoom
 
+from samlet.data.masks import mask_box
 from samlet.data.streams import Stream, generator
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Grid = tuple[np.ndarray, np.ndarray]  # x and y of every pixel, -1..1 over the longest side
 
+_SHADOW_REACH = 10  # pixels
 _LEAST_SHARE = 0.003  # of the image: objects that show less are not kept as objects
 
 
@@ -35,35 +36,41 @@ def _colour(rng: np.random.Generator) -> Float[np.ndarray, "3"]:
     return rng.uniform(0.08, 0.95, 3)
 
 
-def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> Float[np.ndarray, "H W"]:
-    """Smooth noise in 0..1 with about `cells` bumps a side."""
-    coarse = rng.random((cells + 3, cells + 3)).astype(np.float32)
-    factor = [(side + 1) / cells for side in shape]
-    smooth: Float[np.ndarray, "H W"] = zoom(coarse, factor, order=1)[: shape[0], : shape[1]]
-    return smooth.clip(0, 1)
+def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: float) -> Float[np.ndarray, "H W"]:
+    """Smooth noise in 0..1 with about `cells` bumps along the longest side."""
+    rows, columns = (max(2, round(cells * side / max(shape)) + 1) for side in shape)
+    coarse = Image.fromarray(rng.random((rows, columns), np.float32))
+    return np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def _share(grid: Grid) -> float:
+    """The part of the image's longest side that a piece of the grid spans."""
+    return max(float(np.ptp(axis)) for axis in grid) / 2
 
 
 def _stripes(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     angle, frequency = rng.uniform(0, np.pi), rng.uniform(12, 45)
-    wave = np.sin((np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) * frequency + rng.uniform(0, 6))
+    along = np.float32(np.cos(angle) * frequency) * grid[0] + np.float32(np.sin(angle) * frequency) * grid[1]
+    wave = np.sin(along + np.float32(rng.uniform(0, 6)))
     return np.asarray(wave * 2 + 0.5).clip(0, 1)
 
 
 def _checker(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    return np.where(_stripes(rng, grid) > 0.5, 0.6, 0.0) + _stripes(rng, grid) * 0.4
+    return np.where(_stripes(rng, grid) > 0.5, np.float32(0.6), np.float32(0)) + _stripes(rng, grid) * 0.4
 
 
 def _speckle(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    return _noise(rng, grid[0].shape, int(rng.integers(18, 50)))
+    return _noise(rng, grid[0].shape, rng.uniform(18, 50) * _share(grid))
 
 
 def _clouds(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    return _noise(rng, grid[0].shape, int(rng.integers(3, 9)))
+    return _noise(rng, grid[0].shape, rng.uniform(4, 10) * _share(grid))
 
 
 def _ramp(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    angle = rng.uniform(0, 2 * np.pi)
-    return np.asarray(0.5 + 0.8 * (np.cos(angle) * grid[0] + np.sin(angle) * grid[1])).clip(0, 1)
+    angle, share = rng.uniform(0, 2 * np.pi), _share(grid) or 1.0
+    along = np.cos(angle) * (grid[0] - grid[0].mean()) + np.sin(angle) * (grid[1] - grid[1].mean())
+    return np.asarray(0.5 + 0.8 / share * along).clip(0, 1)
 
 
 def _plain(rng: np.random.Generator, grid: Grid) -> np.ndarray:
@@ -83,9 +90,9 @@ _TEXTURES: tuple[Callable[[np.random.Generator, Grid], np.ndarray], ...] = (
 def _paint(rng: np.random.Generator, grid: Grid, spread: float) -> Float[np.ndarray, "H W 3"]:
     """A texture between two colours; `spread` says how far apart they may be."""
     first = _colour(rng)
-    second = np.clip(first + spread * (_colour(rng) - first), 0, 1)
+    difference = (spread * (_colour(rng) - first)).astype(np.float32)
     blend = _TEXTURES[int(rng.integers(len(_TEXTURES)))](rng, grid)[..., None].astype(np.float32)
-    return np.asarray(first * (1 - blend) + second * blend, np.float32)
+    return np.asarray(first + blend * difference, np.float32)
 
 
 def _outline(rng: np.random.Generator) -> Float[np.ndarray, "n 2"]:
@@ -145,35 +152,57 @@ def _clutter(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return np.asarray(picture).astype(np.float32) / 255
 
 
-def _cast_shadow(rng: np.random.Generator, image: np.ndarray, shape: Bool[np.ndarray, "H W"]) -> np.ndarray:
-    offset = rng.integers(1, 5, 2)
-    soft = gaussian_filter(np.roll(shape, tuple(offset), (0, 1)).astype(np.float32), 2.5, truncate=2)
-    return np.asarray(image * (1 - 0.45 * soft[..., None]))
+def _around(shape: Bool[np.ndarray, "H W"], margin: int) -> tuple[slice, slice]:
+    """Rows and columns around a shape; what is drawn for it stays within."""
+    x0, y0, x1, y1 = mask_box(shape)
+    return slice(max(0, y0 - margin), y1 + margin), slice(max(0, x0 - margin), x1 + margin)
+
+
+def _shadow(rng: np.random.Generator, shape: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w 1"]:
+    """What an object leaves of the light beside it."""
+    down, right = (int(offset) for offset in rng.integers(1, 5, 2))
+    cast = np.zeros(shape.shape, np.uint8)
+    cast[down:, right:] = shape[:-down, :-right] * np.uint8(115)
+    soft = Image.fromarray(cast).filter(ImageFilter.GaussianBlur(2.5))
+    return 1 - np.asarray(soft, np.float32)[..., None] / 255
+
+
+def _draw_object(
+    rng: np.random.Generator, image: Float[np.ndarray, "H W 3"], grid: Grid, shape: Bool[np.ndarray, "H W"]
+) -> None:
+    """Shadow, texture and a slant of light, in place."""
+    place = _around(shape, _SHADOW_REACH)
+    inside, piece = shape[place], (grid[0][place], grid[1][place])
+    if rng.random() < 0.7:
+        image[place] *= _shadow(rng, inside)
+    light = 0.85 + np.float32(rng.uniform(0, 0.35)) * _ramp(rng, piece)[..., None]
+    paint = (_paint(rng, piece, 0.8) * light).clip(0, 1)
+    image[place] = np.where(inside[..., None], paint, image[place])
 
 
 def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     """One scene of (H, W) pixels with 3 to 9 objects, back to front; masks are what is left visible."""
     height, width = size
-    longest = max(size)
-    grid = tuple(np.meshgrid(np.arange(width) / longest * 2 - 1, np.arange(height) / longest * 2 - 1))
-    assert len(grid) == 2
+    grid = _grid(size)
     image = _clutter(rng, _paint(rng, grid, 0.45))
-    owner = np.zeros(size, np.int32)
+    owner = np.zeros(size, np.uint8)
     for number in range(1, int(rng.integers(3, 10)) + 1):
         shape = _shape(rng, size)
-        if rng.random() < 0.7:
-            image = _cast_shadow(rng, image, shape)
-        shade = 1 + rng.uniform(0, 0.35) * _ramp(rng, grid)[..., None] - 0.15
-        image = np.where(shape[..., None], np.clip(_paint(rng, grid, 0.8) * shade, 0, 1), image)
-        owner[shape] = number
-    light = 0.75 + 0.5 * _noise(rng, size, 2)[..., None]
-    image = np.clip(image * light + rng.normal(0, 0.015, (*size, 1)), 0, 1)
-    picture = Image.fromarray((image * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
+        if shape.any():
+            _draw_object(rng, image, grid, shape)
+            owner[shape] = number
+    image *= 0.75 + 0.5 * _noise(rng, size, 2)[..., None]
+    image += 0.015 * rng.standard_normal((*size, 1), np.float32)
+    picture = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
     masks = [owner == number for number in range(1, int(owner.max()) + 1)]
     kept = [mask for mask in masks if mask.sum() >= max(16, _LEAST_SHARE * height * width)]
-    if not kept:
-        return draw_scene(rng, size)
-    return Scene(np.asarray(picture), np.stack(kept))
+    return Scene(np.asarray(picture), np.stack(kept)) if kept else draw_scene(rng, size)
+
+
+def _grid(size: tuple[int, int]) -> Grid:
+    rows, columns = (np.arange(side, dtype=np.float32) / max(size) * 2 - 1 for side in size)
+    x, y = np.meshgrid(columns, rows)
+    return x, y
 
 
 def write_scene(folder: Path, name: str, scene: Scene) -> None:
