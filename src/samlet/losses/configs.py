@@ -51,8 +51,8 @@ class TaskLossConfig(StrictModel):
 class EncoderPatchConfig(StrictModel):
     """Distil patch tokens of the image encoder."""
 
-    enable: bool = False
-    """Whether this term takes part."""
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
     weight: Weight = 1.0
     """Weight of the whole term in the distillation loss (w_enc)."""
     w_l2: Weight = 1.0
@@ -74,8 +74,8 @@ class EncoderPatchConfig(StrictModel):
 class PromptEmbedConfig(StrictModel):
     """Distil the prompt-conditioned image stream inside the mask decoder's two-way transformer."""
 
-    enable: bool = False
-    """Whether this term takes part."""
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
     weight: Weight = 1.0
     """Weight of the whole term in the distillation loss (w_pe)."""
     w_mse: Weight = 0.7
@@ -95,8 +95,8 @@ class PromptEmbedConfig(StrictModel):
 class DecoderMaskTokenConfig(StrictModel):
     """Distil the mask decoder's four mask tokens."""
 
-    enable: bool = False
-    """Whether this term takes part."""
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
     weight: Weight = 1.0
     """Weight of the whole term in the distillation loss (w_tok)."""
     w_kl: Weight = 1.0
@@ -114,8 +114,8 @@ class DecoderMaskTokenConfig(StrictModel):
 class DenseMaskLogitsConfig(StrictModel):
     """Distil the low-res mask logits, same prompt and same mask index."""
 
-    enable: bool = False
-    """Whether this term takes part."""
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
     weight: Weight = 1.0
     """Weight of the whole term in the distillation loss (w_dense)."""
     w_kl: Weight = 0.6
