@@ -40,13 +40,13 @@ class DistillationConfig(StrictModel):
     """Read teacher features from disk in place of running the teachers."""
     precomputed_root: Path | None = None
     """Folder of the precomputed features."""
-    encoder_patch: EncoderPatchConfig = EncoderPatchConfig(enable=True)
+    encoder_patch: EncoderPatchConfig = EncoderPatchConfig()
     """Patch tokens of the image encoder."""
     prompt_embed: PromptEmbedConfig = PromptEmbedConfig(enable=False)
     """The image stream inside the mask decoder, once it has met the prompt."""
     decoder_mask_token: DecoderMaskTokenConfig = DecoderMaskTokenConfig(enable=False)
     """The decoder's four mask tokens."""
-    dense_mask_logits: DenseMaskLogitsConfig = DenseMaskLogitsConfig(enable=True)
+    dense_mask_logits: DenseMaskLogitsConfig = DenseMaskLogitsConfig()
     """Mask logits, pixel by pixel."""
 
     def terms(self) -> Iterator[tuple[str, TermConfig]]:

@@ -1,0 +1,74 @@
+"""Freezing and thawing (PITFALLS 29, 30)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from samlet.engine.parts import build_optimizer, set_trainable
+from samlet.models import Sam, build_sam
+from tests.tiny import IMAGE_SIZE, STUDENT
+
+
+@pytest.fixture
+def student() -> Sam:
+    torch.manual_seed(0)
+    return build_sam("vit_t", IMAGE_SIZE, **STUDENT)
+
+
+def optimizer_of(student: Sam) -> torch.optim.AdamW:
+    return build_optimizer(student, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
+
+
+def one_step(student: Sam, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    optimizer.zero_grad()
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+    loss = student.encode(pixels).embedding.square().mean()
+    loss = loss + sum(parameter.square().sum() for parameter in student.mask_decoder.parameters())
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_a_frozen_encoder_stays_as_it_is_to_the_bit(student: Sam, batch_norm: str) -> None:
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    set_trainable(student, ["image_encoder"], batch_norm)
+    optimizer = optimizer_of(student)
+    for seed in range(2):
+        one_step(student, optimizer, seed)
+    for name, value in student.state_dict().items():
+        if name.startswith("image_encoder."):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(student.mask_decoder.iou_token.weight, before["mask_decoder.iou_token.weight"])
+
+
+def test_thawed_weights_move_with_the_same_optimizer(student: Sam) -> None:
+    set_trainable(student, ["image_encoder"], "frozen")
+    optimizer = optimizer_of(student)
+    one_step(student, optimizer, 0)
+    before = student.image_encoder.neck[0].weight.clone()
+    set_trainable(student, [], "frozen")
+    one_step(student, optimizer, 1)
+    assert not torch.equal(student.image_encoder.neck[0].weight, before)
+
+
+def test_batch_norm_follows_the_data_only_where_asked(student: Sam) -> None:
+    name = next(name for name in student.state_dict() if name.endswith("running_mean"))
+    for batch_norm, moves in (("frozen", False), ("train", True)):
+        before = student.state_dict()[name].clone()
+        set_trainable(student, [], batch_norm)
+        one_step(student, optimizer_of(student), 0)
+        assert torch.equal(student.state_dict()[name], before) is not moves
+
+
+def test_every_parameter_is_in_the_optimizer_once(student: Sam) -> None:
+    set_trainable(student, ["mask_decoder"], "frozen")
+    held = [id(parameter) for group in optimizer_of(student).param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in student.parameters())
+
+
+def test_norms_biases_and_tables_do_not_decay(student: Sam) -> None:
+    decayed = {id(parameter) for parameter in optimizer_of(student).param_groups[0]["params"]}
+    names = {name for name, parameter in student.named_parameters() if id(parameter) in decayed}
+    assert "image_encoder.neck.0.weight" in names
+    assert not {name for name in names if name.endswith("bias") or "embed" in name or "attention_biases" in name}
