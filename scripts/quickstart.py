@@ -31,7 +31,7 @@ RUNS = {
     "teacher": ("quickstart_teacher.yaml", ()),
     "student alone": (
         "quickstart.yaml",
-        (f"output_dir={ROOT / 'alone'}", "distillation.enable=false", "dataset.unlabelled=ignore"),
+        (f"output_dir={ROOT / 'alone'}", "distillation.enable=false", "dataset.unlabelled=drop"),
     ),
     "student distilled": ("quickstart.yaml", ()),
 }

@@ -48,7 +48,7 @@ def tiny_config(scenes: Path, out: Path, **blocks: Any) -> RunConfig:
         "dataset": {"root": str(scenes), "objects_per_image": 2},
         "training": {"epochs": 2, "batch_size": 2, "num_workers": 0, "learning_rate": 1e-3, "device": "cpu"},
         "validation": {"overlays": 0},
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "curves": False},
     }
     for name, block in blocks.items():
         plain[name] = {**plain.get(name, {}), **block} if isinstance(block, dict) else block

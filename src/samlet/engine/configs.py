@@ -97,3 +97,5 @@ class LoggingConfig(StrictModel):
     """Log the terms of every n-th optimizer step to metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    curves: bool = True
+    """Draw curves.png whenever the run ends or is stopped."""

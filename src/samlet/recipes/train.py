@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -39,7 +40,7 @@ from samlet.engine.schedule import learning_rate
 from samlet.engine.signals import StopRequest, listen_for_stop
 from samlet.engine.step import Counts, TrainStep, count_images
 from samlet.engine.validation import draw_overlays, validate
-from samlet.errors import SamletError
+from samlet.errors import DataError, SamletError
 from samlet.models import Sam, load_sam
 from samlet.types import Batch
 
@@ -95,6 +96,8 @@ def train(config: RunConfig) -> int:
             fit(run, stop)
             if run.state.finished:
                 finish(run)
+            if config.logging.curves and accelerator.is_main_process and folder.metrics.exists():
+                plot_curves(folder.metrics, folder.curves)
         finally:
             folder.close()
     return 0 if run.state.finished else stop.exit_code
@@ -108,6 +111,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise SamletError("training.device: 'cuda' was asked for, and there is no CUDA GPU here; set it to auto")
     if training.precision == "fp16" and not (cuda and training.device != "cpu"):
         raise SamletError("training.precision: fp16 needs a CUDA GPU; take fp32 or bf16 here")
+    AcceleratorState._reset_state()  # a process may train twice, with another precision the second time
     return Accelerator(
         cpu=training.device == "cpu" or not cuda,
         mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
@@ -337,15 +341,17 @@ def load_batches(run: Run) -> Iterator[Batch]:
         world=run.accelerator.num_processes,
         start_step=run.state.step * training.accumulation,
     )
-    return iter(
-        DataLoader(
-            run.train_set,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=training.num_workers,
-            pin_memory=run.accelerator.device.type == "cuda",
-        )
+    loader = DataLoader(
+        run.train_set,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=training.num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
     )
+    try:
+        yield from loader
+    except DataError as error:  # from a worker process it comes with that process's whole traceback as text
+        raise DataError(str(error).rsplit("samlet.errors.DataError: ", 1)[-1].strip()) from None
 
 
 def to_device(batch: Batch, run: Run) -> Batch:
@@ -421,12 +427,11 @@ def finish(run: Run) -> None:
     """Put the best student where people look, draw the curves, and say what came out."""
     if run.accelerator.is_main_process:
         published = run.folder.publish_best()
-        plot_curves(run.folder.metrics, run.folder.curves)
         outcome = {"steps": run.state.step, "best": run.state.best, "best_step": run.state.best_step}
         run.folder.update_facts(**facts_of_end(run.folder.best / "student.safetensors", **outcome))
         run.accelerator.print(
             f"done: {run.state.step} steps, best {run.config.validation.metric} {run.state.best:.4f} at step "
-            f"{run.state.best_step}\n" + "\n".join(f"  {path}" for path in [*published, run.folder.curves])
+            f"{run.state.best_step}\n" + "\n".join(f"  {path}" for path in published)
         )
     run.accelerator.wait_for_everyone()
 
