@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,11 +22,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Format = Annotated[str, typer.Option(help="auto, mask_folders, instance_labels, coco or sa1b.")]
+Format = Annotated[
+    Literal["auto", "mask_folders", "instance_labels", "coco", "sa1b"],
+    typer.Option(help="How masks are written; auto finds out and says so."),
+]
 ImageSize = Annotated[
     int | None, typer.Option(help="Input size of the models; by default what their files say, else 1024.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a CUDA GPU where there is one.")]
 
 
 def main() -> None:
@@ -60,11 +62,18 @@ def check_data(
     path: Annotated[Path, typer.Argument(help="A data set: a folder with splits, or one split.")],
     format: Format = "auto",
     sheet: Annotated[Path | None, typer.Option(help="Where the contact sheet goes.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Where the whole report goes as JSON.")] = None,
+    image_size: Annotated[int, typer.Option(help="Input size that tiny objects are judged by.")] = 1024,
+    unlabelled: Annotated[
+        Literal["refuse", "use"], typer.Option(help="What training would do with images without masks.")
+    ] = "refuse",
 ) -> None:
     """Say what is in a data set, draw a contact sheet, and exit 2 on what training would refuse."""
     from samlet.recipes.check_data import check_data
 
-    raise typer.Exit(check_data(path, format=format, sheet=sheet))
+    raise typer.Exit(
+        check_data(path, format=format, sheet=sheet, json=json, image_size=image_size, unlabelled=unlabelled)
+    )
 
 
 @app.command()
@@ -90,12 +99,22 @@ def evaluate(
     format: Format = "auto",
     image_size: ImageSize = None,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluate.json and evaluate.md.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Only the first n images.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure mIoU and mDice at the original resolution, several checkpoints side by side."""
     from samlet.recipes.evaluate import evaluate
 
-    evaluate(checkpoints, data, split=split, format=format, image_size=image_size, out=out, device=device)
+    evaluate(
+        checkpoints,
+        data,
+        split=split,
+        format=format,
+        image_size=image_size,
+        out=out,
+        device=device,
+        max_images=max_images,
+    )
 
 
 @app.command()
@@ -120,6 +139,8 @@ def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; by default the terminal.")] = None,
 ) -> None:
     """Write the JSON schema of the configuration, for editors."""
+    import json
+
     from samlet.artefacts import write_text
     from samlet.config import RunConfig
     from samlet.schema import json_schema

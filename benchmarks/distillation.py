@@ -1,0 +1,120 @@
+"""Does distillation teach? The same student with and without it, on real images, over several seeds.
+
+    python benchmarks/distillation.py --data DATA --sets nuclei_bbbc038 facades --seeds 0 1 2
+
+For each data set below DATA: a teacher trained on all labels (configs/distillation_teacher.yaml), then for each seed
+a student ten times smaller (configs/distillation_student.yaml), distilled and alone: same start, same number of
+steps, same labelled tenth of the images. The student alone sees that tenth; the distilled one also what its teacher
+says of the other images. The last checkpoint counts. Stopped at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from samlet.config import RunConfig
+from samlet.engine.evaluation import evaluate_sam, headline
+from samlet.errors import SamletError
+from samlet.models import load_sam
+from samlet.recipes.train import train
+from samlet.schema import load_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ALONE = ("distillation.enable=false", "dataset.unlabelled=drop")
+ARMS: dict[str, tuple[str, ...]] = {"alone": ALONE, "distilled": ()}
+
+
+class Scores(NamedTuple):
+    """mIoU in percent on the validation images, at the original resolution."""
+
+    point: float
+    box: float
+
+
+def scores_of(config: RunConfig) -> Scores:
+    """Train a configuration to its end (nothing is left to do where it has ended) and measure its student.
+
+    Raises:
+        SystemExit: the run was stopped by a signal.
+    """
+    code = train(config)
+    if code:
+        sys.exit(code)
+    kept = config.output_dir / "scores.json"
+    if not kept.exists():
+        found = headline(evaluate_sam(load_sam(config.output_dir), config.dataset.build_val(seed=config.seed)))
+        kept.write_text(json.dumps({"point": 100 * found["point_miou"], "box": 100 * found["box_miou"]}))
+    return Scores(**json.loads(kept.read_text()))
+
+
+def run_set(root: Path, out: Path, seeds: list[int]) -> dict[str, list[Scores]]:
+    """Teacher and students of one data set."""
+    teacher = out / "teacher"
+    place = (f"dataset.root={root}",)
+    config = load_config(RunConfig, CONFIGS / "distillation_teacher.yaml", (*place, f"output_dir={teacher}"))
+    results = {"teacher": [scores_of(config)], **{arm: list[Scores]() for arm in ARMS}}
+    for seed in seeds:
+        for arm, overrides in ARMS.items():
+            settings = (
+                *place,
+                *overrides,
+                f"seed={seed}",
+                f"output_dir={out / f'{arm}-{seed}'}",
+                f"model.decoder_checkpoint={teacher}",
+                f"teachers.0.checkpoint={teacher}",
+            )
+            results[arm].append(
+                scores_of(load_config(RunConfig, CONFIGS / "distillation_student.yaml", settings))
+            )
+    return results
+
+
+def table(results: dict[str, dict[str, list[Scores]]]) -> str:
+    """Markdown: mean and standard deviation over the seeds, and the gain."""
+    lines = ["| data | model | centre point | box |", "|---|---|---:|---:|"]
+    for name, arms in results.items():
+        for arm, scores in arms.items():
+            cells = [spread([getattr(score, prompt) for score in scores]) for prompt in Scores._fields]
+            lines.append(f"| {name} | {arm} | {' | '.join(cells)} |")
+        gains = [
+            spread([getattr(d, prompt) - getattr(a, prompt) for d, a in zip(arms["distilled"], arms["alone"], strict=True)])
+            for prompt in Scores._fields
+        ]
+        lines.append(f"| {name} | **gain by distillation** | {' | '.join(f'**{gain}**' for gain in gains)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation of the sample."""
+    mean = statistics.mean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+
+
+def main() -> None:
+    """Run everything that has not been run, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--sets", nargs="+", default=["nuclei_bbbc038", "facades"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    results = {name: run_set(given.data / name, given.out / name, given.seeds) for name in given.sets}
+    text = table(results)
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SamletError as error:
+        sys.exit(f"error: {error}")
