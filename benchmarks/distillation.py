@@ -70,9 +70,7 @@ def run_set(root: Path, out: Path, seeds: list[int]) -> dict[str, list[Scores]]:
                 f"model.decoder_checkpoint={teacher}",
                 f"teachers.0.checkpoint={teacher}",
             )
-            results[arm].append(
-                scores_of(load_config(RunConfig, CONFIGS / "distillation_student.yaml", settings))
-            )
+            results[arm].append(scores_of(load_config(RunConfig, CONFIGS / "distillation_student.yaml", settings)))
     return results
 
 
@@ -84,7 +82,9 @@ def table(results: dict[str, dict[str, list[Scores]]]) -> str:
             cells = [spread([getattr(score, prompt) for score in scores]) for prompt in Scores._fields]
             lines.append(f"| {name} | {arm} | {' | '.join(cells)} |")
         gains = [
-            spread([getattr(d, prompt) - getattr(a, prompt) for d, a in zip(arms["distilled"], arms["alone"], strict=True)])
+            spread(
+                [getattr(d, prompt) - getattr(a, prompt) for d, a in zip(arms["distilled"], arms["alone"], strict=True)]
+            )
             for prompt in Scores._fields
         ]
         lines.append(f"| {name} | **gain by distillation** | {' | '.join(f'**{gain}**' for gain in gains)} |")

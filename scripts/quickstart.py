@@ -7,16 +7,17 @@ starts over.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from samlet.artefacts import write_json
 from samlet.config import RunConfig
 from samlet.data.synthetic import write_dataset
 from samlet.engine.evaluation import encode_image, evaluate_sam, headline
@@ -48,7 +49,7 @@ def main() -> int:
     if not (scenes / "val").exists():
         console.print("[bold]drawing[/] 240 scenes for training and 40 for validation")
         write_dataset(scenes, num_train=240, num_val=40, image_size=128, seed=0)
-    rows = {}
+    rows: dict[str, Row] = {}
     for name, (file, overrides) in RUNS.items():
         console.rule(f"[bold]{name}")
         config = load_config(RunConfig, CONFIGS / file, overrides)
@@ -61,7 +62,17 @@ def main() -> int:
     return 0
 
 
-def measure(config: RunConfig) -> dict[str, float | Path]:
+class Row(NamedTuple):
+    """One line of the table."""
+
+    point: float
+    box: float
+    parameters: float
+    milliseconds: float
+    folder: str
+
+
+def measure(config: RunConfig) -> Row:
     """Scores on all validation scenes, size and speed of a finished run."""
     sam = load_sam(config.output_dir)
     val_set = config.dataset.build_val(seed=config.seed)
@@ -73,34 +84,26 @@ def measure(config: RunConfig) -> dict[str, float | Path]:
             start = time.perf_counter()
             encode_image(sam, image)
             times.append(time.perf_counter() - start)
-    return {
-        "point": scores["point_miou"],
-        "box": scores["box_miou"],
-        "parameters": sum(parameter.numel() for parameter in sam.image_encoder.parameters()) / 1e6,
-        "milliseconds": sorted(times)[len(times) // 2] * 1e3,
-        "folder": config.output_dir,
-    }
+    return Row(
+        point=100 * scores["point_miou"],
+        box=100 * scores["box_miou"],
+        parameters=sum(parameter.numel() for parameter in sam.image_encoder.parameters()) / 1e6,
+        milliseconds=sorted(times)[len(times) // 2] * 1e3,
+        folder=str(config.output_dir),
+    )
 
 
-def show(rows: dict[str, dict[str, float | Path]], console: Console) -> None:
+def show(rows: dict[str, Row], console: Console) -> None:
     """The table, and where to look further."""
     table = Table(title="mIoU on 40 validation scenes (%)", title_justify="left")
     for heading in ("model", "centre point", "box", "encoder, M parameters", "ms per image"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, row in rows.items():
-        table.add_row(
-            name,
-            f"{100 * row['point']:.1f}",
-            f"{100 * row['box']:.1f}",
-            f"{row['parameters']:.2f}",
-            f"{row['milliseconds']:.1f}",
-        )
+        table.add_row(name, f"{row.point:.1f}", f"{row.box:.1f}", f"{row.parameters:.2f}", f"{row.milliseconds:.1f}")
     console.print(table)
     for row in rows.values():
-        folder = row["folder"]
-        console.print(f"{folder}/  overlays/  curves.png  student.safetensors  mobile_sam.pt", highlight=False)
-    plain = {name: {key: str(value) if key == "folder" else value for key, value in row.items()} for name, row in rows.items()}
-    (ROOT / "quickstart.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+        console.print(f"{row.folder}/  overlays/  curves.png  student.safetensors  mobile_sam.pt", highlight=False)
+    write_json(ROOT / "quickstart.json", {name: row._asdict() for name, row in rows.items()})
 
 
 if __name__ == "__main__":

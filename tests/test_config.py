@@ -58,7 +58,9 @@ def paths_in(value: Any, prefix: str = "") -> set[str]:
 
 def descriptions(schema: dict[str, Any]) -> list[str]:
     blocks = [schema, *schema["$defs"].values()]
-    return [name for block in blocks for name, field in block.get("properties", {}).items() if "description" not in field]
+    return [
+        name for block in blocks for name, field in block.get("properties", {}).items() if "description" not in field
+    ]
 
 
 def test_every_field_explains_itself() -> None:

@@ -16,7 +16,7 @@ from samlet.errors import SamletError
 app = typer.Typer(
     name="samlet",
     help="Distil a Segment-Anything teacher into a MobileSAM that is good on your own images.",
-    epilog="A day with samlet: check-data my_images/, train my.yaml, evaluate runs/my my_images/, predict runs/my a.jpg",
+    epilog="A day with samlet: check-data my_images/, train my.yaml, evaluate runs/my my_images/",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -131,7 +131,9 @@ def predict(
     """Segment what the clicks and the box point at."""
     from samlet.recipes.predict import predict
 
-    predict(checkpoint, image, points=point or (), box=box, out=out, overlay=overlay, image_size=image_size, device=device)
+    predict(
+        checkpoint, image, points=point or (), box=box, out=out, overlay=overlay, image_size=image_size, device=device
+    )
 
 
 @app.command()

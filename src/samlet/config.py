@@ -51,6 +51,7 @@ class RunConfig(StrictModel):
     """Logs."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What no single field can see."""
         names = [teacher.name for teacher in self.teachers]
         for index, name in enumerate(names):
             if name in names[:index]:

@@ -6,7 +6,6 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from tests.tiny import IMAGE_SIZE, STUDENT
 from torch import Tensor, nn
 
 from samlet.data import EvalImage
@@ -24,6 +23,7 @@ from samlet.errors import DataError, SamletError
 from samlet.frames import postprocess_masks
 from samlet.models import Predictor, Sam, build_sam
 from samlet.types import ImageFeatures, MaskOutput, Prompts
+from tests.tiny import IMAGE_SIZE, STUDENT
 
 ALL = ("point", "clicks_1", "clicks_3", "box")
 LOW = IMAGE_SIZE // 4

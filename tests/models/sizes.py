@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models.reference import fill
-
 from samlet.models import Sam, build_sam
+from tests.models.reference import fill
 
 VIT: dict[str, Any] = {
     "embed_dim": 24,

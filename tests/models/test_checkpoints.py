@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.sizes import SIZES, small_sam
 from torch import Tensor
 
 from samlet.artefacts import write_directory
@@ -17,6 +16,7 @@ from samlet.errors import CheckpointError
 from samlet.models import Sam, infer_arch, load_sam, save_sam_safetensors, save_sam_upstream
 from samlet.models.checkpoints import METADATA, digest_of
 from samlet.models.vit import ImageEncoderViT
+from tests.models.sizes import SIZES, small_sam
 
 
 def same(one: Sam, other: Sam) -> bool:

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from tests.models.reference import close, decode_one
-from tests.models.sizes import small_sam
 
 from samlet.errors import SamletError
 from samlet.models import Sam, make_prompts
 from samlet.models.mask_decoder import CHUNK
 from samlet.types import ImageFeatures, MaskOutput, Prompts
+from tests.models.reference import close, decode_one
+from tests.models.sizes import small_sam
 
 SIZE = 96
 MODES = {None: slice(0, 4), True: slice(1, 4), False: slice(0, 1)}

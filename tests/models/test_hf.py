@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.reference import close, fill
 
 from samlet.errors import CheckpointError
 from samlet.models import Sam, load_sam, make_prompts
+from tests.models.reference import close, fill
 
 transformers: Any = pytest.importorskip("transformers")
 SIZE = 96

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.sizes import small_sam
 
 from samlet.errors import CheckpointError
 from samlet.models import load_sam, save_sam_safetensors, save_sam_upstream
+from tests.models.sizes import small_sam
 
 
 class Payload:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import reference
-from tests.models.reference import below, close
-from tests.models.sizes import SIZES, small_sam
 from torch import nn
 
 from samlet.errors import SamletError
 from samlet.models import build_sam, freeze_batch_norm
+from tests.models import reference
+from tests.models.reference import below, close
+from tests.models.sizes import SIZES, small_sam
 
 
 def images(count: int, size: int, seed: int = 5) -> torch.Tensor:

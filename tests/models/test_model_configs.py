@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.models.sizes import TINY, VIT, small_sam
 from torch import nn
 
 from samlet.errors import SamletError
 from samlet.models import ModelConfig, save_sam_upstream
+from tests.models.sizes import TINY, VIT, small_sam
 
 ENCODER = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
 

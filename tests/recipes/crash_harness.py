@@ -4,7 +4,7 @@
 
 A parent that has imported everything forks a child for each start, so that a kill costs milliseconds. BUG plants a
 mistake that the comparison must notice: `naive_save` (files written in place, nothing vouches for them),
-`forgotten_sampler` (every start begins the epoch again), `kept_rows` (metrics.jsonl is not cut back); `none` plants nothing.
+`forgotten_sampler` (every start begins the epoch again), `kept_rows` (metrics.jsonl is not cut back); `none`: none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # threads do not survive a fork
 
 from samlet.artefacts import MANIFEST  # noqa: E402
 from samlet.config import RunConfig  # noqa: E402
+from samlet.data.sampler import StepSampler  # noqa: E402
 from samlet.engine import checkpoint, run_dir  # noqa: E402
 from samlet.recipes import train as recipe  # noqa: E402
 from tests.tiny import tiny_config  # noqa: E402
@@ -42,18 +43,17 @@ def plant_naive_save() -> None:
     def die_half_way(student: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         raise SystemExit(137)
 
-    checkpoint.write_directory = write_in_place
-    checkpoint._optimizer_tensors = die_half_way
+    vars(checkpoint).update(write_directory=write_in_place, _optimizer_tensors=die_half_way)
 
 
 def plant_forgotten_sampler() -> None:
     """Start every epoch again after a resume."""
 
-    class Forgetful(recipe.StepSampler):
+    class Forgetful(StepSampler):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "start_step": 0})
 
-    recipe.StepSampler = Forgetful  # type: ignore[misc]
+    vars(recipe).update(StepSampler=Forgetful)
 
 
 def plant_kept_rows() -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from tests.data.builders import picture, save, write_small
 
 from samlet.errors import DataError
 from samlet.recipes.check_data import check_data
+from tests.data.builders import picture, save, write_small
 
 
 def _run(path: Path, **more: object) -> tuple[int, str, Path]:

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.tiny import STUDENT, write_scenes, write_teacher
 
 from samlet.errors import CheckpointError, DataError, SamletError
 from samlet.models import load_sam
 from samlet.recipes.evaluate import Named, evaluate, markdown, name_checkpoints, open_split
+from tests.tiny import STUDENT, write_scenes, write_teacher
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.tiny import write_teacher
 
 from samlet.errors import SamletError
 from samlet.models import Predictor, load_sam
 from samlet.recipes.predict import BoxPrompt, PointPrompt, parse_box, parse_point, predict
+from tests.tiny import write_teacher
 
 
 @pytest.fixture(scope="module")

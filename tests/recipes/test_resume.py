@@ -21,8 +21,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes"), train=6, val=1)
 
 
-def storm(scenes: Path, out: Path, kills: int, bug: str = "none", **blocks: Any) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).with_name("crash_harness.py")), str(scenes), str(out), str(kills), bug]
+def storm(scenes: Path, out: Path, kills: int, *, bug: str = "none", **blocks: Any) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("crash_harness.py")),
+        str(scenes),
+        str(out),
+        str(kills),
+        bug,
+    ]
     done = subprocess.run(
         [*command, json.dumps(blocks)],
         capture_output=True,
@@ -36,7 +43,7 @@ def storm(scenes: Path, out: Path, kills: int, bug: str = "none", **blocks: Any)
     return result
 
 
-SAVES = {"checkpoint": {"every_steps": 2}}
+SAVES: dict[str, Any] = {"checkpoint": {"every_steps": 2}}
 
 
 def test_twenty_kills_change_nothing(scenes: Path, tmp_path: Path) -> None:
@@ -63,5 +70,5 @@ def test_kills_change_nothing_with_teacher_bf16_and_accumulation(scenes: Path, t
 
 @pytest.mark.parametrize("bug", ["naive_save", "forgotten_sampler", "kept_rows"])
 def test_the_harness_notices_a_planted_bug(scenes: Path, tmp_path: Path, bug: str) -> None:
-    result = storm(scenes, tmp_path, 4, bug, **SAVES, training={"epochs": 4})
+    result = storm(scenes, tmp_path, 4, bug=bug, **SAVES, training={"epochs": 4})
     assert result["differing"]

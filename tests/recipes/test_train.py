@@ -22,6 +22,7 @@ from samlet.config import RunConfig
 from samlet.engine import checkpoint
 from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
+from samlet.engine.step import TrainStep
 from samlet.errors import SamletError
 from samlet.models import load_sam
 from samlet.recipes import train as recipe
@@ -234,11 +235,14 @@ def test_a_save_that_fails_anywhere_loses_nothing(scenes: Path, tmp_path: Path, 
         state = checkpoint.TrainerState(step=1000 + k)
         try:
             with FAULTS[fault](k):
-                checkpoint.save_checkpoint(folder, state, student, optimizer, states)
+                checkpoint.save_checkpoint(folder, state, student=student, optimizer=optimizer, random_states=states)
         except SamletError as error:
             assert "could not be written (No space left on device)" in str(error)
             newest, complaints = checkpoint.newest_valid(folder)
-            assert newest in (before, folder / f"step-{1000 + k:08d}")  # in place before its folder was flushed, or not at all
+            assert newest in (
+                before,
+                folder / f"step-{1000 + k:08d}",
+            )  # in place before its folder was flushed, or not at all
             assert not complaints
             before = newest
             assert not [path for path in folder.rglob("*.tmp")]
@@ -296,9 +300,9 @@ def test_a_second_trainer_is_locked_out(scenes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_is_never_taken(scenes: Path, tmp_path: Path, where: str) -> None:
-    real = recipe.TrainStep.forward
+    real = TrainStep.forward
 
-    def poisoned(self: recipe.TrainStep, batch: Any, lessons: Any, counts: Any) -> Any:
+    def poisoned(self: TrainStep, batch: Any, lessons: Any, counts: Any) -> Any:
         loss, terms = real(self, batch, lessons, counts)
         if torch.is_grad_enabled() and self.student.training and next(calls) == 2:
             if where == "loss":
@@ -309,21 +313,19 @@ def test_a_non_finite_step_is_never_taken(scenes: Path, tmp_path: Path, where: s
 
     calls = iter(range(100))
     with (
-        patch.object(recipe.TrainStep, "forward", poisoned),
+        patch.object(TrainStep, "forward", poisoned),
         pytest.raises(SamletError, match=r"(task/dice|the gradient) not finite at step 3, images scene_"),
     ):
         train(tiny_config(scenes, tmp_path / "run"))
     calls = iter(range(100))
     out = tmp_path / "skipping"
-    with patch.object(recipe.TrainStep, "forward", poisoned):
+    with patch.object(TrainStep, "forward", poisoned):
         assert train(tiny_config(scenes, out, training={"non_finite": "skip"})) == 0
     assert [row["step"] for row in rows(out)] == [1, 2, 4, 5, 6]
     assert all(value.isfinite().all() for value in load_file(out / "student.safetensors").values())
 
 
-def test_a_broken_image_is_refused_or_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_image_is_refused_or_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes = write_scenes(tmp_path / "scenes")
     victim = sorted((scenes / "train" / "image").iterdir())[0]
     content = victim.read_bytes()
@@ -338,7 +340,7 @@ def test_teachers_never_leak_into_the_student(scenes: Path, tmp_path: Path, teac
     before = sha256_of(teacher)
     assert train(tiny_config(scenes, tmp_path / "run", **distilling(teacher), training={"epochs": 1})) == 0
     kept = set(load_file(tmp_path / "run/student.safetensors"))
-    assert kept == set(recipe.load_sam(tmp_path / "run").state_dict())
+    assert kept == set(load_sam(tmp_path / "run").state_dict())
     assert sha256_of(teacher) == before
 
 
@@ -357,7 +359,8 @@ def test_a_decoder_is_taken_over_from_the_teacher(scenes: Path, tmp_path: Path) 
     for name, value in student.state_dict().items():
         if name.startswith(("prompt_encoder.", "mask_decoder.")):
             assert torch.equal(value, source.state_dict()[name]), name
-    assert not torch.equal(student.image_encoder.neck[0].weight, source.image_encoder.neck[0].weight)
+    neck = "image_encoder.neck.0.weight"
+    assert not torch.equal(student.get_parameter(neck), source.get_parameter(neck))
 
 
 def test_bf16_trains_on_a_cpu(scenes: Path, tmp_path: Path, teacher: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -57,6 +57,7 @@ class DistillationConfig(StrictModel):
                 yield name, term
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What no single field can see."""
         if self.use_precomputed_features:
             yield (
                 ("use_precomputed_features",),
@@ -66,7 +67,7 @@ class DistillationConfig(StrictModel):
             yield ("enable",), "is true, but every term is disabled; enable one, or set it to false"
 
 
-def normalized_weights(teachers: list[TeacherConfig]) -> list[float]:
+def normalized_weights(teachers: Sequence[TeacherConfig]) -> list[float]:
     """Shares of the teachers, summing to 1; where none is given all count alike.
 
     A teacher without a weight beside others with one gets the mean of those given.

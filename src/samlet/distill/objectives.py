@@ -59,9 +59,7 @@ def _encoder_patch(name: str, config: EncoderPatchConfig) -> Objective:
         valid = valid_cells(batch.input_sizes, of_student.shape[-1], batch.pixels.shape[-1])
         return loss(of_student, of_teacher, valid, reduction="none")
 
-    return Objective(
-        name, config.weight, "image", compare, _asked(config.student_tap), _asked(config.teacher_tap)
-    )
+    return Objective(name, config.weight, "image", compare, _asked(config.student_tap), _asked(config.teacher_tap))
 
 
 def _prompt_embed(name: str, config: PromptEmbedConfig) -> Objective:

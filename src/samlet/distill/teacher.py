@@ -60,10 +60,12 @@ class LiveTeacher:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> ImageFeatures:
+        """Run the image encoder."""
         return encode_projected(self.sam, batch.pixels, self.encoder_taps)
 
     @torch.no_grad()
     def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskOutput:
+        """Run prompt encoder and mask decoder."""
         return self.sam.decode(features, prompts, multimask_output=None, taps=self.decoder_taps)
 
 

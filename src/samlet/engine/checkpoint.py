@@ -53,6 +53,7 @@ class TrainerState:
 def save_checkpoint(
     folder: Path,
     state: TrainerState,
+    *,
     student: Sam,
     optimizer: torch.optim.Optimizer,
     random_states: Mapping[str, torch.Tensor],

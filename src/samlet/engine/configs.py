@@ -56,6 +56,7 @@ class TrainingConfig(StrictModel):
     """Compile the training step with torch.compile; pays on a GPU."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What no single field can see."""
         if self.min_learning_rate > self.learning_rate:
             yield ("min_learning_rate",), f"is above learning_rate ({self.learning_rate:g})"
         if self.unfreeze_epoch is not None and not self.freeze:

@@ -36,7 +36,7 @@ def build_optimizer(
     module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """AdamW over every parameter, frozen or not: one that thaws later is already in (it has no gradient until then)."""
-    decayed, exempt = [], []
+    decayed, exempt = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in module.named_parameters():
         plain = parameter.ndim >= 2 and not any(word in name for word in WITHOUT_DECAY)
         (decayed if plain else exempt).append(parameter)

@@ -36,7 +36,7 @@ def gathered(items: Sequence[Item], accelerator: Accelerator) -> list[Item]:
 
 
 def gather_random_states(accelerator: Accelerator) -> dict[str, Tensor]:
-    """torch's generators of every process, by name and rank."""
+    """Torch's generators of every process, by name and rank."""
     rank = accelerator.process_index
     own = {f"cpu.{rank}": torch.get_rng_state()}
     if accelerator.device.type == "cuda":

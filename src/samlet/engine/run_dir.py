@@ -1,10 +1,10 @@
-"""The folder of one run, as a person finds it:
+"""The folder of one run, as a person finds it.
 
-    config.yaml        the resolved configuration          metrics.jsonl   one row a logged step and validation
-    run.json           versions, seeds, digests, outcome   tensorboard/    the same as events
-    curves.png         metrics over steps                  overlays/       fixed validation images, at each validation
-    best/              the best student so far             checkpoints/    what resume needs
-    student.safetensors, mobile_sam.pt                     the best student, once the run has ended
+config.yaml        the resolved configuration          metrics.jsonl   one row a logged step and validation
+run.json           versions, seeds, digests, outcome   tensorboard/    the same as events
+curves.png         metrics over steps                  overlays/       fixed validation images, at each validation
+best/              the best student so far             checkpoints/    what resume needs
+student.safetensors, mobile_sam.pt                     the best student, once the run has ended
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ class RunDir:
         except Timeout as error:
             raise SamletError(f"{self.path}: another samlet train is writing here; wait for it or stop it") from error
         except PermissionError as error:
-            raise SamletError(f"{self.path}: cannot be written ({error.strerror}); choose another output_dir") from error
+            raise SamletError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another output_dir"
+            ) from error
 
     def begins_anew(self) -> None:
         """Forget the rows of a start that never reached a checkpoint."""
@@ -133,7 +136,7 @@ class RunDir:
         published = []
         for name in read_manifest(self.best)["files"]:
             if name != "metrics.json":
-                write_file(self.path / name, lambda place, name=name: shutil.copyfile(self.best / name, place))
+                write_file(self.path / name, partial(shutil.copyfile, self.best / name))
                 published.append(self.path / name)
         return published
 

@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
 def count_images(batches: Sequence[Batch]) -> Counts:
     """Counts of this process's share of a step."""
-    labelled = sum(int(b.prompts.image_index[b.labelled].unique().numel()) for b in batches)
+    labelled = sum(len(set(batch.prompts.image_index[batch.labelled].tolist())) for batch in batches)
     return Counts(sum(len(batch.image_ids) for batch in batches), labelled)
 
 
@@ -60,7 +60,7 @@ class TrainStep(nn.Module):
         self.decoder_taps = tuple({tap for objective in objectives for tap in objective.decoder_taps})
 
     def forward(self, batch: Batch, lessons: tuple[Lesson, ...], counts: Counts) -> tuple[Tensor, Terms]:
-        """This micro-batch's share of the step's loss, and of each of its terms."""
+        """A micro-batch's share of the step's loss, and of each of its terms."""
         features = encode_projected(self.student, batch.pixels, self.student_taps)
         output = self.student.decode(features, batch.prompts, multimask_output=None, taps=self.decoder_taps)
         view = View(features, output)

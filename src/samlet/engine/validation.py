@@ -35,7 +35,7 @@ MOST_OBJECTS = 12  # drawn in one image, the largest ones
 def validate(
     student: Sam, val_set: ValidationSet, accelerator: Accelerator, max_images: int | None = None
 ) -> dict[str, float]:
-    """mIoU and mDice of centre point and box at the original resolution; each process takes every n-th image.
+    """MIoU and mDice of centre point and box at the original resolution; each process takes every n-th image.
 
     `mean_miou` is the mean of point_miou and box_miou.
     """

@@ -29,7 +29,6 @@ from samlet.distill.objectives import build_objectives
 from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
 from samlet.engine.audit import audit_gradients
 from samlet.engine.checkpoint import TrainerState, load_checkpoint, newest_valid, save_checkpoint
-
 from samlet.engine.curves import plot_curves
 from samlet.engine.facts import facts_of_end, facts_of_start, refuse_other_config
 from samlet.engine.parts import build_optimizer, set_trainable
@@ -62,14 +61,17 @@ class Run:
 
     @property
     def student(self) -> Sam:
+        """What is trained."""
         return self.step.student
 
     @property
     def micro_batches_per_epoch(self) -> int:
+        """Those of all processes together count as one."""
         return -(-len(self.train_set) // self.config.training.batch_size)
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
         training = self.config.training
         return training.max_steps or -(-training.epochs * self.micro_batches_per_epoch // training.accumulation)
 
@@ -140,7 +142,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
         weight_decay=config.training.weight_decay,
         betas=config.training.betas,
     )
-    step.to(accelerator.device, memory_format=_memory_format(config))
+    place(step, accelerator.device, config)
     state = resume(config, accelerator, folder, student, optimizer)
     if config.training.compile:
         student.image_encoder.compile()
@@ -172,7 +174,7 @@ def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> Teac
     teachers = []
     for teacher in config.teachers:
         sam = load_sam(teacher.checkpoint, image_size=config.model.image_size)
-        sam.to(device, memory_format=_memory_format(config))
+        place(sam, device, config)
         if config.training.compile:
             sam.image_encoder.compile()
         teachers.append(LiveTeacher(teacher.name, sam, config.model.image_size, encoder_taps, step.decoder_taps))
@@ -284,8 +286,8 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
         return {}
     run.optimizer.step()
     loss_value = sum(value for name, value in values.items() if name.endswith("/weighted"))
-    place = {"step": run.state.step + 1, "epoch": run.epoch_after(run.state.step), "split": "train"}
-    return {**place, "loss": loss_value, "lr": rate, "grad_norm": float(norm), **values}
+    where: dict[str, Any] = {"step": run.state.step + 1, "epoch": run.epoch_after(run.state.step), "split": "train"}
+    return {**where, "loss": loss_value, "lr": rate, "grad_norm": float(norm), **values}
 
 
 def teach(run: Run, batch: Batch) -> tuple[Lesson, ...]:
@@ -393,14 +395,14 @@ def validate_and_judge(run: Run, progress: StepProgress) -> None:
         progress.say(f"stopping early: no better {config.metric} in {patience} validations")
     if not run.accelerator.is_main_process:
         return
-    place = {"step": state.step, "epoch": run.epoch_after(state.step), "split": "val"}
-    run.folder.log({**place, **metrics}, events=run.config.logging.tensorboard)
+    where: dict[str, Any] = {"step": state.step, "epoch": run.epoch_after(state.step), "split": "val"}
+    run.folder.log({**where, **metrics}, events=run.config.logging.tensorboard)
     progress.say(
         f"step {state.step}: point mIoU {metrics['point_miou']:.4f}, box mIoU {metrics['box_miou']:.4f}"
         + (", the best so far" if state.best_step == state.step else "")
     )
     if state.best_step == state.step:
-        run.folder.save_best(run.student, {**place, **metrics})
+        run.folder.save_best(run.student, {**where, **metrics})
     draw_overlays(run.folder.overlays / f"step-{state.step:08d}", run.val_set, run.student, run.team, config.overlays)
 
 
@@ -417,7 +419,12 @@ def save(run: Run) -> None:
         run.state.metrics_bytes = run.folder.metrics_bytes()
         scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
         save_checkpoint(
-            run.folder.checkpoints, run.state, run.student, run.optimizer.optimizer, random_states, scaler
+            run.folder.checkpoints,
+            run.state,
+            student=run.student,
+            optimizer=run.optimizer.optimizer,
+            random_states=random_states,
+            scaler=scaler,
         )
         run.folder.drop_old_checkpoints(run.config.checkpoint.keep_last)
     run.accelerator.wait_for_everyone()
@@ -443,6 +450,14 @@ def shown_terms(row: Mapping[str, float | int | str]) -> dict[str, float]:
         for name, value in row.items()
         if name == "loss" or ("/" in name and not name.endswith("/weighted"))
     }
+
+
+def place(module: nn.Module, device: torch.device, config: RunConfig) -> None:
+    """Move a module to the device, its convolutions in the run's memory layout."""
+    module.to(device)
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=_memory_format(config))
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:
