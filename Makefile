@@ -33,10 +33,10 @@ check-imports: setup
 	$(BIN)/python scripts/check_imports.py
 
 unit: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: lint types rooms check-imports
-	$(BIN)/pytest -m ''
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m ''
 
 gpu-check: setup
 	$(BIN)/pytest -m cuda

@@ -1,0 +1,72 @@
+"""What only a CUDA GPU can show; run by `make gpu-check`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from samlet.artefacts import sha256_of
+from samlet.models import build_sam
+from samlet.models.predictor import make_prompts
+from samlet.recipes.train import train
+from tests.tiny import IMAGE_SIZE, STUDENT, TEACHER, tiny_config, write_scenes, write_teacher
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("vit_t", STUDENT), ("vit_b", TEACHER)])
+def test_a_gpu_answers_as_the_cpu_does(kind: str, sizes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sam = build_sam(kind, IMAGE_SIZE, **sizes).eval()
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    prompts = make_prompts(
+        torch.tensor([0, 1, 1]),
+        points=torch.tensor([[[9.0, 20.0]], [[40.0, 33.0]], [[8.0, 50.0]]]),
+        labels=torch.tensor([[1], [1], [0]]),
+    )
+    with torch.no_grad():
+        here = sam.decode(sam.encode(pixels), prompts)
+        sam.cuda()
+        there = sam.decode(
+            sam.encode(pixels.cuda()),
+            prompts._replace(**{name: value.cuda() for name, value in prompts._asdict().items() if value is not None}),
+        )
+    scale = float(here.low_res_logits.abs().max())
+    assert float((here.low_res_logits - there.low_res_logits.cpu()).abs().max()) < 2e-3 * scale
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_distils_on_a_gpu(tmp_path: Path, precision: str, compiled: bool) -> None:
+    scenes, teacher = write_scenes(tmp_path / "scenes"), write_teacher(tmp_path / "teacher.pth")
+    config = tiny_config(
+        scenes,
+        tmp_path / "run",
+        training={"device": "cuda", "precision": precision, "compile": compiled, "epochs": 3},
+        distillation={"enable": True},
+        teachers=[{"name": "T", "checkpoint": str(teacher)}],
+    )
+    assert train(config) == 0
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run/student.safetensors").values())
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_gpu_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes")
+    settings = {"device": "cuda", "epochs": 2}
+    assert train(tiny_config(scenes, tmp_path / "run", training=settings)) == 0
+    newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+    expected = json.loads((newest / "manifest.json").read_text())["step"]
+    assert train(tiny_config(scenes, tmp_path / "run", training=settings)) == 0
+    assert expected == 6
+    assert sha256_of(newest / "student.safetensors")
