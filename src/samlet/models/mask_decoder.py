@@ -17,7 +17,7 @@ from torch import nn
 
 from samlet.models.containers import module_list
 from samlet.models.norms import LayerNorm2d
-from samlet.models.transformer import TwoWayTransformer, rows
+from samlet.models.transformer import TwoWayTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DIM = 256
 NUM_HEADS = 8
 NUM_MASKS = 4  # the single mask, then three for ambiguous prompts
-CHUNK = 4  # prompts at a time on a CPU: their image streams then fit its cache
+CHUNK = 2  # prompts at a time on a CPU: their image streams then fit its cache
 
 
 class MLP(nn.Module):
@@ -104,23 +104,21 @@ class MaskDecoder(nn.Module):
         """
         grid = (embedding.shape[2], embedding.shape[3])
         tokens = embedding.flatten(2).transpose(1, 2).contiguous()
-        offsets = self.transformer.offsets(image_pe.flatten(2).transpose(1, 2)[0])
-        shared = self.transformer.enter(tokens + no_mask, offsets) if prompts.dense is None else None
+        pe = image_pe.flatten(2).transpose(1, 2)[0]
+        shared = tokens + no_mask
 
         def decode(part: Embedded) -> Decoded:
             if part.dense is None:
-                assert shared is not None
-                image = shared.rows(part.image_index)
+                image = rows(shared, part.image_index)
             else:
-                keys = rows(tokens, part.image_index) + part.dense.flatten(2).transpose(1, 2)
-                image = self.transformer.enter(keys, offsets)
-            queries, maps = self.transformer(self._tokens(part), image, offsets, self._present(part))
+                image = rows(tokens, part.image_index) + part.dense.flatten(2).transpose(1, 2)
+            queries, maps = self.transformer(self._tokens(part), image, pe, self._present(part))
             mask_tokens = queries[:, 1 : 1 + NUM_MASKS]
             return Decoded(
                 self._masks(maps[-1], mask_tokens, masks, grid),
                 self.iou_prediction_head(queries[:, 0]),
                 mask_tokens,
-                [torch.unflatten(maps[i].transpose(1, 2), 2, grid) for i in streams],
+                [torch.unflatten(maps[i].transpose(1, 2), 2, grid).expand(len(queries), -1, -1, -1) for i in streams],
             )
 
         chunked = embedding.device.type == "cpu" and not torch.is_grad_enabled()
@@ -155,6 +153,11 @@ class MaskDecoder(nn.Module):
         # Sub-pixels lie in the order row, column of the token, then within the token, then within its quarter.
         tiles = torch.unflatten(logits, 1, (*grid, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
         return tiles.reshape(logits.shape[0], logits.shape[2], 4 * grid[0], 4 * grid[1])
+
+
+def rows(images: Float[Tensor, "B L C"], index: Int[Tensor, "P"]) -> Float[Tensor, "#P L C"]:
+    """The image of each prompt; a single image stays one row, for all of them."""
+    return images if images.shape[0] == 1 else images.index_select(0, index)
 
 
 def subpixels(tokens: Float[Tensor, "*batch I"], conv: nn.Module) -> Float[Tensor, "*batch 4 O"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -45,6 +46,30 @@ class Conv2dBN(nn.Sequential):
         norm = BatchNorm2d(outputs)
         nn.init.constant_(norm.weight, bn_weight)
         self.add_module("bn", norm)
+
+    def forward(self, maps: Float[Tensor, "B I h w"]) -> Float[Tensor, "B O h2 w2"]:
+        """With fixed statistics one convolution: weight w s, bias beta - mean s, where s = gamma / sqrt(var + eps).
+
+        Gradients reach w, gamma and beta; what is saved is a pass over the map, forward and backward.
+        """
+        conv, norm = self
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        if norm.training or norm.running_var is None or norm.running_mean is None:
+            out: Tensor = norm(conv(maps))
+            return out
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        return convolve(maps, conv, conv.weight * scale[:, None, None, None], shift)
+
+
+def convolve(
+    maps: Float[Tensor, "B I h w"], conv: nn.Conv2d, weight: Float[Tensor, "O i k k"], bias: Float[Tensor, "O"] | None
+) -> Float[Tensor, "B O h2 w2"]:
+    """`conv` with other weights; of size 1 it is a linear layer on channels-last maps, which needs no copies."""
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+        return F.linear(maps.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def freeze_batch_norm(module: nn.Module, frozen: bool = True) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from samlet.models.attention import biased_attention
 from samlet.models.containers import module_list
 from samlet.models.norms import Conv2dBN, neck
 from samlet.models.windows import pad_to_multiple, partition, unpartition
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         """Attention within each of n windows, from projected tokens."""
         n, length, channels = qkv.shape
         q, k, v = qkv.view(n, length, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype))
+        out = biased_attention(q, k, v, self.bias().to(q.dtype)[None])
         return out.transpose(1, 2).reshape(n, length, channels // 3)
 
     def bias(self) -> Float[Tensor, "H L L"]:

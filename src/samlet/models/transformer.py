@@ -1,13 +1,13 @@
-"""The two-way transformer between prompt tokens and image, with the image's share computed once for its prompts.
+"""The two-way transformer between prompt tokens and image; the image stream is one row until prompts differ in it.
 
-arXiv:2304.02643, appendix A; names as upstream. Two identities save work without changing the function:
-W(keys + pe) = W keys + W pe, whose second term is the same for all prompts; and before the first layer has
-written into the image stream, the stream itself is the same for all prompts of an image (unless they carry masks).
+arXiv:2304.02643, appendix A; names as upstream. Before the first layer has written into the image stream, it is
+the same for all prompts of an image (unless they carry masks), and nothing is computed from it twice.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,17 @@ from torch import nn
 from samlet.models.containers import module_list
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head attention that works in `dim / downsample` channels."""
+    """Multi-head attention that works in `dim / downsample` channels, h heads of d each.
+
+    Between a few tokens and a whole image the image's projections are not computed: W moves to the tokens' side,
+    q_h (K W_h)^T = (q_h W_h^T) K^T and A_h (V W_h) = (A_h V) W_h. The same function for half of the arithmetic and
+    without any tensor of the image's size but the scores.
+    """
 
     def __init__(self, dim: int, num_heads: int, downsample: int = 1) -> None:
         super().__init__()
@@ -37,47 +42,77 @@ class Attention(nn.Module):
             self.q_proj.weight.copy_(self.k_proj.weight)
 
     def forward(
-        self, q: Float[Tensor, "P N C"], k: Float[Tensor, "P L C"], v: Float[Tensor, "P L C"], mask: Tensor | None
+        self, q: Float[Tensor, "P N C"], k: Float[Tensor, "P M C"], v: Float[Tensor, "P M C"], mask: Tensor | None
     ) -> Float[Tensor, "P N C"]:
-        """Attention of q to the tokens of k where `mask` is True."""
-        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v), mask)
+        """Attention of q to the tokens of k where `mask` (P, 1, 1, M) is True."""
+        q, k, v = self._heads(self.q_proj(q)), self._heads(self.k_proj(k)), self._heads(self.v_proj(v))
+        return self._merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
-    def attend(
-        self,
-        q: Float[Tensor, "P N c"],
-        k: Float[Tensor, "P L c"],
-        v: Float[Tensor, "P L c"],
-        mask: Bool[Tensor, "P 1 1 L"] | None = None,
+    def read(
+        self, tokens: Float[Tensor, "P N C"], image_k: Float[Tensor, "#P L C"], image_v: Float[Tensor, "#P L C"]
     ) -> Float[Tensor, "P N C"]:
-        """Attention from projected queries, keys and values."""
-        q, k, v = (torch.unflatten(x, 2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        """Attention of tokens to the image; an image side of one row is that of all prompts."""
+        q = self._heads(self.q_proj(tokens)) * self._scale
+        shift = q @ self._of_heads(self.k_proj.bias)[..., None].to(q.dtype)
+        weights = compare(through(q, self._of_heads(self.k_proj.weight)), image_k, shift).softmax(dim=-1)
+        seen = through(combine(weights, image_v), self._of_heads(self.v_proj.weight).transpose(1, 2))
+        return self._merged(seen + self._of_heads(self.v_proj.bias)[:, None])
+
+    def write(
+        self,
+        image_q: Float[Tensor, "#P L C"],
+        tokens_k: Float[Tensor, "P N C"],
+        tokens_v: Float[Tensor, "P N C"],
+        mask: Bool[Tensor, "P 1 1 N"] | None = None,
+    ) -> Float[Tensor, "P L C"]:
+        """Attention of the image to the tokens where `mask` is True."""
+        k, v = self._heads(self.k_proj(tokens_k)) * self._scale, self._heads(self.v_proj(tokens_v))
+        shift = k @ self._of_heads(self.q_proj.bias)[..., None].to(k.dtype)
+        if mask is not None:
+            shift = shift.masked_fill(~mask.transpose(2, 3), -torch.inf)
+        weights = compare(through(k, self._of_heads(self.q_proj.weight)), image_q, shift).softmax(dim=2)
+        # The weights of a head sum to 1, so the bias, shared among the heads' values, comes out as it went in.
+        written = through(v, self._of_heads(self.out_proj.weight.t())) + self.out_proj.bias / self.num_heads
+        out: Tensor = weights.flatten(1, 2).transpose(1, 2) @ written.flatten(1, 2)
+        return out
+
+    @property
+    def _scale(self) -> float:
+        return math.sqrt(self.num_heads / self.q_proj.out_features)
+
+    def _heads(self, x: Float[Tensor, "P N c"]) -> Float[Tensor, "P h N d"]:
+        return torch.unflatten(x, 2, (self.num_heads, -1)).transpose(1, 2)
+
+    def _of_heads(self, weight: Float[Tensor, "c *rest"]) -> Float[Tensor, "h d *rest"]:
+        return torch.unflatten(weight, 0, (self.num_heads, -1))
+
+    def _merged(self, heads: Float[Tensor, "P h N d"]) -> Float[Tensor, "P N C"]:
         out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         return out
 
 
-def offset(projection: nn.Linear, image_pe: Float[Tensor, "L C"]) -> Float[Tensor, "L c"]:
-    """W pe: what the positional encoding adds to the projection of the image stream."""
-    out: Tensor = projection(image_pe) - projection.bias
-    return out
+def through(x: Float[Tensor, "P h N a"], weight: Float[Tensor, "h a b"]) -> Float[Tensor, "P h N b"]:
+    """Each head's rows times its own matrix."""
+    return torch.einsum("phna,hab->phnb", x, weight)
 
 
-class ImageSide(NamedTuple):
-    """The image stream before a layer and what the layer's two cross-attentions need of it; n images or prompts."""
+def compare(
+    rows: Float[Tensor, "P h N C"], image: Float[Tensor, "#P L C"], shift: Float[Tensor, "P h N 1"]
+) -> Float[Tensor, "P h N L"]:
+    """Dot products with the image's tokens, plus `shift`; one product of matrices where all prompts see one image."""
+    shift = shift.to(rows.dtype)
+    if image.shape[0] == 1:
+        flat = torch.addmm(shift.flatten(0, 2), rows.flatten(0, 2), image[0].to(rows.dtype).t())
+        return torch.unflatten(flat, 0, rows.shape[:3])
+    flat = torch.baddbmm(shift.flatten(1, 2), rows.flatten(1, 2), image.to(rows.dtype).transpose(1, 2))
+    return torch.unflatten(flat, 1, rows.shape[1:3])
 
-    keys: Float[Tensor, "n L C"]
-    k: Float[Tensor, "n L c"]
-    v: Float[Tensor, "n L c"]
-    q: Float[Tensor, "n L c"]
 
-    def rows(self, index: Int[Tensor, "P"]) -> ImageSide:
-        """One row for each prompt; views, where all are of one image."""
-        return ImageSide(*(rows(x, index) for x in self))
-
-
-def rows(x: Tensor, index: Int[Tensor, "P"]) -> Tensor:
-    """x[index], as a view where x has a single row."""
-    return x.expand(index.shape[0], *x.shape[1:]) if x.shape[0] == 1 else x.index_select(0, index)
+def combine(weights: Float[Tensor, "P h N L"], image: Float[Tensor, "#P L C"]) -> Float[Tensor, "P h N C"]:
+    """Sums of the image's tokens."""
+    if image.shape[0] == 1:
+        return torch.unflatten(weights.flatten(0, 2) @ image[0], 0, weights.shape[:3])
+    return torch.unflatten(weights.flatten(1, 2) @ image, 1, weights.shape[1:3])
 
 
 class MLPBlock(nn.Module):
@@ -109,21 +144,13 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = Attention(dim, num_heads, downsample=2)
 
-    def offsets(self, image_pe: Float[Tensor, "L C"]) -> tuple[Float[Tensor, "L c"], Float[Tensor, "L c"]]:
-        """The positional terms of the image's keys and queries."""
-        return (
-            offset(self.cross_attn_token_to_image.k_proj, image_pe),
-            offset(self.cross_attn_image_to_token.q_proj, image_pe),
-        )
-
-    def image_side(self, keys: Float[Tensor, "n L C"], offsets: tuple[Tensor, ...]) -> ImageSide:
-        """Project the image stream for both cross-attentions."""
-        reader, writer = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        k, q = reader.k_proj(keys) + offsets[0], writer.q_proj(keys) + offsets[1]
-        return ImageSide(keys, k, reader.v_proj(keys), q)
-
     def forward(
-        self, queries: Float[Tensor, "P N C"], image: ImageSide, query_pe: Float[Tensor, "P N C"], mask: Tensor | None
+        self,
+        queries: Float[Tensor, "P N C"],
+        image: Float[Tensor, "#P L C"],
+        image_pe: Float[Tensor, "L C"],
+        query_pe: Float[Tensor, "P N C"],
+        mask: Tensor | None,
     ) -> tuple[Float[Tensor, "P N C"], Float[Tensor, "P L C"]]:
         """Updated tokens and image stream; `mask` (P, 1, 1, N) is False where a token is a hole."""
         if self.is_first:
@@ -132,11 +159,11 @@ class TwoWayAttentionBlock(nn.Module):
             q = queries + query_pe
             queries = queries + self.self_attn(q, q, queries, mask)
         queries = self.norm1(queries)
-        reader, writer = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        queries = self.norm2(queries + reader.attend(reader.q_proj(queries + query_pe), image.k, image.v))
+        placed = image + image_pe
+        queries = self.norm2(queries + self.cross_attn_token_to_image.read(queries + query_pe, placed, image))
         queries = self.norm3(queries + self.mlp(queries))
-        k, v = writer.k_proj(queries + query_pe), writer.v_proj(queries)
-        return queries, self.norm4(image.keys + writer.attend(image.q, k, v, mask))
+        written = self.cross_attn_image_to_token.write(placed, queries + query_pe, queries, mask)
+        return queries, self.norm4(image + written)
 
 
 class TwoWayTransformer(nn.Module):
@@ -148,31 +175,18 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(dim, num_heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
-    def offsets(self, image_pe: Float[Tensor, "L C"]) -> list[tuple[Tensor, ...]]:
-        """All positional terms of the image side: one entry a layer, and one for the last attention."""
-        layers = [layer.offsets(image_pe) for layer in self.layers]
-        return [*layers, (offset(self.final_attn_token_to_image.k_proj, image_pe),)]
-
-    def enter(self, keys: Float[Tensor, "n L C"], offsets: list[tuple[Tensor, ...]]) -> ImageSide:
-        """The image side of the first layer: for each image, or for each prompt that brings a mask."""
-        return self.layers[0].image_side(keys, offsets[0])
-
     def forward(
         self,
         tokens: Float[Tensor, "P N C"],
-        image: ImageSide,
-        offsets: list[tuple[Tensor, ...]],
+        image: Float[Tensor, "#P L C"],
+        image_pe: Float[Tensor, "L C"],
         present: Bool[Tensor, "P N"] | None = None,
-    ) -> tuple[Float[Tensor, "P N C"], list[Float[Tensor, "P L C"]]]:
+    ) -> tuple[Float[Tensor, "P N C"], list[Float[Tensor, "#P L C"]]]:
         """The tokens after the last attention, and the image stream before the first and after each layer."""
         mask = None if present is None else present[:, None, None, :]
-        queries, streams = tokens, [image.keys]
-        for index, layer in enumerate(self.layers):
-            if index:
-                image = layer.image_side(streams[-1], offsets[index])
-            queries, keys = layer(queries, image, tokens, mask)
+        queries, streams = tokens, [image]
+        for layer in self.layers:
+            queries, keys = layer(queries, streams[-1], image_pe, tokens, mask)
             streams.append(keys)
-        last = self.final_attn_token_to_image
-        k, v = last.k_proj(streams[-1]) + offsets[-1][0], last.v_proj(streams[-1])
-        queries = self.norm_final_attn(queries + last.attend(last.q_proj(queries + tokens), k, v))
-        return queries, streams
+        seen = self.final_attn_token_to_image.read(queries + tokens, streams[-1] + image_pe, streams[-1])
+        return self.norm_final_attn(queries + seen), streams
