@@ -74,7 +74,7 @@ def test_a_failed_fill_leaves_what_was_there(artefact: Path) -> None:
         (folder / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(SamletError, match="No space left on device.*is untouched"):
+    with pytest.raises(SamletError, match=r"No space left on device.*is untouched"):
         write_directory(artefact, half)
     assert read_manifest(artefact)["step"] == 3
     assert [path.name for path in artefact.parent.iterdir()] == ["step-3"]
@@ -98,7 +98,9 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     """On a file system of one MiB, where the machine lets us mount one."""
     mount = tmp_path / "small"
     mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -42,9 +41,8 @@ class StepProgress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, step: int, values: Mapping[str, float]) -> None:
+    def advance(self, step: int, terms: str) -> None:
         """Show the state after `step` optimizer steps."""
-        terms = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
         self._bar.update(self._task, completed=step, terms=terms)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or step == self.total):

@@ -204,6 +204,8 @@ def resume(
         accelerator.scaler.load_state_dict(scaler)
     if accelerator.is_main_process and place.parent == folder.checkpoints:
         folder.continues_at(state.metrics_bytes)
+    elif accelerator.is_main_process:
+        folder.begins_anew()
     accelerator.print(f"resumed from {place}, step {state.step}")
     return state
 
@@ -443,13 +445,14 @@ def finish(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def shown_terms(row: Mapping[str, float | int | str]) -> dict[str, float]:
-    """Loss and raw terms, for the progress bar."""
-    return {
-        name: float(value)
-        for name, value in row.items()
-        if name == "loss" or ("/" in name and not name.endswith("/weighted"))
-    }
+def shown_terms(row: Mapping[str, float | int | str]) -> str:
+    """Loss and terms for the progress bar, each raw and, in brackets, as it enters the loss."""
+    terms = [f"{name.partition('/')[2]} {row[name]:.3g} ({row[f'{name}/weighted']:.3g})" for name in _terms(row)]
+    return "  ".join([f"loss {row['loss']:.4g}", *terms]) if row else "step left out"
+
+
+def _terms(row: Mapping[str, float | int | str]) -> list[str]:
+    return [name for name in row if f"{name}/weighted" in row]
 
 
 def place(module: nn.Module, device: torch.device, config: RunConfig) -> None:
