@@ -175,8 +175,10 @@ def test_early_stopping_ends_the_run(scenes: Path, tmp_path: Path) -> None:
     values = [row["mean_miou"] for row in rows(tmp_path / "run", "val")]
     assert values.index(max(values)) == len(values) - 3
     assert len(values) < 8
-    assert train(config) == 0  # finished: nothing happens
+    (tmp_path / "run/student.safetensors").unlink()  # as if it had been killed at the very end
+    assert train(config) == 0
     assert len(rows(tmp_path / "run", "val")) == len(values)
+    assert (tmp_path / "run/student.safetensors").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -92,11 +92,9 @@ def train(config: RunConfig) -> int:
     with alone, listen_for_stop() as stop:
         try:
             run = set_up(config, accelerator, folder)
-            if run.state.finished:
-                accelerator.print(f"{folder.path}: this run has ended already; its student is in {folder.best}")
-                return 0
-            fit(run, stop)
-            if run.state.finished:
+            if not run.state.finished:
+                fit(run, stop)
+            if run.state.finished:  # at this start or an earlier one, which may have been killed right here
                 finish(run)
             if config.logging.curves and accelerator.is_main_process and folder.metrics.exists():
                 plot_curves(folder.metrics, folder.curves)
