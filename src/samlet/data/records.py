@@ -90,9 +90,31 @@ class MaskFiles(NamedTuple):
         return read_mask(self.paths[index], self.size)
 
 
+def entry(folder: Path, name: str) -> Path:
+    """The entry of a folder that is called so, in this or in another case; it need not exist."""
+    if (folder / name).exists() or not folder.is_dir():
+        return folder / name
+    named = sorted(path for path in folder.iterdir() if path.name.casefold() == name.casefold())
+    return named[0] if named else folder / name
+
+
+def sub_folders(place: Path, names: Sequence[str]) -> list[Path]:
+    """The named folders of a split that are there; without a folder of its own they are `<name>/<split>`."""
+    if place.is_dir():
+        folders = [entry(place, name) for name in names]
+    else:
+        folders = [entry(entry(place.parent, name), place.name) for name in names]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
 def first_folder(place: Path, names: Sequence[str]) -> Path | None:
-    """The first of the named folders that is there."""
-    return next((place / name for name in names if (place / name).is_dir()), None)
+    """The first of a split's named folders that is there."""
+    return next(iter(sub_folders(place, names)), None)
+
+
+def hidden(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder is what a tool left behind: `.ipynb_checkpoints`, `._a.png`, `__MACOSX`."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
 def identity(path: Path, folder: Path) -> str:
@@ -110,7 +132,7 @@ def list_images(folder: Path, root: Path, found: Found, *, deep: bool = True) ->
     images: dict[str, Path] = {}
     folded: dict[str, Path] = {}
     for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
-        if path.is_dir() or path.name.startswith("."):
+        if path.is_dir() or hidden(path, folder):
             continue
         if not is_image_name(path):
             if path.suffix.lower() not in {".json", ".csv", ".txt", ".md"}:

@@ -17,6 +17,7 @@ from samlet.data.records import (
     Record,
     first_folder,
     folder_identity,
+    hidden,
     identity,
     is_inside,
     list_images,
@@ -49,7 +50,9 @@ def matches(place: Path) -> bool:
     masks = first_folder(place, MASKS)
     if masks is None:
         return False
-    return any(path.is_dir() for path in masks.iterdir()) or not label_like(single_files(masks))
+    return any(path.is_dir() and not hidden(path, masks) for path in masks.iterdir()) or not label_like(
+        single_files(masks)
+    )
 
 
 def read(place: Path, root: Path) -> Found:
@@ -78,7 +81,7 @@ def _assign(
     single: dict[str, Path] = {}
     several: dict[str, list[Path]] = {}
     for path in sorted(masks.rglob("*")):
-        if path.is_dir() or path.name.startswith("."):
+        if path.is_dir() or hidden(path, masks):
             continue
         if not is_image_name(path):
             found.warn(path, "is not called like an image; it is not used as a mask")
@@ -87,7 +90,10 @@ def _assign(
         elif (parent := folder_identity(path.parent, masks)) in images:
             several.setdefault(parent, []).append(path)
         elif (own := identity(path, masks)) not in images:
-            found.error(path, "is the mask of no image here; remove it, or name it after its image")
+            found.error(
+                path,
+                "is the mask of no image here; remove it, or name it after its image, with no ending such as _mask",
+            )
         elif own in single:
             found.error(path, f"is a second mask file of {own} beside {single[own].name}; keep one")
         else:

@@ -12,7 +12,17 @@ from typing import Any
 
 from samlet.data.formats.coco import load_json
 from samlet.data.formats.mask_folders import IMAGES
-from samlet.data.records import Found, Record, first_folder, identity, is_inside, list_images, open_segmentations
+from samlet.data.records import (
+    Found,
+    Record,
+    first_folder,
+    hidden,
+    identity,
+    is_inside,
+    list_images,
+    open_segmentations,
+    sub_folders,
+)
 from samlet.data.segmentations import Segmentations
 from samlet.errors import DataError
 
@@ -21,12 +31,12 @@ _SNIFFED = 1 << 16
 
 
 def _annotation_folder(place: Path) -> Path | None:
-    folders = [place / name for name in (*_FOLDERS, *IMAGES)] + [place]
+    folders = [*sub_folders(place, (*_FOLDERS, *IMAGES)), place]
     return next((folder for folder in folders if folder.is_dir() and _first_json(folder)), None)
 
 
 def _first_json(folder: Path) -> bool:
-    file = next(iter(sorted(folder.glob("*.json"))), None)
+    file = next((path for path in sorted(folder.glob("*.json")) if not hidden(path, folder)), None)
     if file is None:
         return False
     try:
@@ -54,7 +64,11 @@ def read(place: Path, root: Path) -> Found:
     found = Found("sa1b")
     home = first_folder(place, IMAGES) or place
     images = list_images(home, root, found, deep=home != place)
-    files = {identity(path, folder): path for path in sorted(folder.rglob("*.json")) if is_inside(path, root, found)}
+    files = {
+        identity(path, folder): path
+        for path in sorted(folder.rglob("*.json"))
+        if not hidden(path, folder) and is_inside(path, root, found)
+    }
     for image_id, path in images.items():
         file = files.pop(image_id, None)
         found.records.append(Record(image_id, path, partial(_open, file, path.name) if file else None))
