@@ -114,6 +114,21 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", str(mount)], check=False)
 
 
+def test_a_place_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SamletError, match=r"file/m\.json: could not be written"):
+        write_json(tmp_path / "file" / "m.json", {})
+
+
+def test_a_file_is_no_checkpoint_folder(tmp_path: Path) -> None:
+    (tmp_path / "student.pt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"student\.pt: is a file; a checkpoint is a folder"):
+        read_manifest(tmp_path / "student.pt")
+    (tmp_path / "step" / MANIFEST).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read \(Is a directory\)"):
+        read_manifest(tmp_path / "step")
+
+
 def test_importing_samlet_opens_no_socket_and_starts_nothing() -> None:
     code = (
         "import sys\n"

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from samlet.errors import CheckpointError, SamletError
 
 MANIFEST = "manifest.json"
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<time>\d+)\.(?P<kind>tmp|old)")  # what `_sibling` makes
 
 
 def sha256_of(path: Path) -> str:
@@ -62,7 +65,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no folder to find it in
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,6 +113,23 @@ def write_directory(path: Path, fill: Callable[[Path], object], **facts: Any) ->
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder; where one died between its two renames, put the old back.
+
+    Only for a folder that nobody else is writing into.
+    """
+    places = folder.iterdir() if folder.is_dir() else ()
+    found = [(match, place) for place in places if (match := _LEFTOVER.fullmatch(place.name))]
+    for match, place in sorted(found, key=lambda pair: int(pair[0]["time"]), reverse=True):
+        target = folder / match["name"]
+        if match["kind"] == "old" and not target.exists():
+            os.replace(place, target)
+        elif place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a directory artefact, after every file was found to be what the manifest says.
 
@@ -116,6 +137,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: no manifest, or a file that is missing, cut short or altered; it is named.
     """
     place = path / MANIFEST
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; a checkpoint is a folder with a {MANIFEST}")
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -126,6 +149,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path / name}: damaged: its content is not what {place} vouches for")
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: missing, so {path} is not a complete checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{place}: damaged: {error}") from error
     return dict(manifest)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
-from samlet.artefacts import read_manifest, write_directory, write_file, write_json, write_text
+from samlet.artefacts import read_manifest, remove_leftovers, write_directory, write_file, write_json, write_text
 from samlet.engine.checkpoint import checkpoints_in
 from samlet.errors import SamletError
 from samlet.models.checkpoints import save_sam_safetensors, save_sam_upstream
@@ -49,22 +49,26 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other trainer out of this folder.
+        """Keep every other trainer out of this folder; tidy up what a killed one left.
 
         Raises:
-            SamletError: another one is in; or the folder cannot be made.
+            SamletError: another one is in; or the folder cannot be made or written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock", timeout=0)
-            with lock:
-                yield
+            lock.acquire()
         except Timeout as error:
             raise SamletError(f"{self.path}: another samlet train is writing here; wait for it or stop it") from error
-        except PermissionError as error:
-            raise SamletError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another output_dir"
-            ) from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise SamletError(f"{self.path}: cannot be used as output_dir ({reason}); choose another") from error
+        try:
+            for folder in (self.path, self.checkpoints, self.overlays):
+                remove_leftovers(folder)
+            yield
+        finally:
+            lock.release()
 
     def begins_anew(self) -> None:
         """Forget the rows of a start that never reached a checkpoint."""
@@ -144,6 +148,12 @@ class RunDir:
         """Keep the newest `keep` checkpoints."""
         for place in checkpoints_in(self.checkpoints)[keep:]:
             shutil.rmtree(place, ignore_errors=True)
+
+    def drop_checkpoints_after(self, place: Path) -> None:
+        """Forget the steps that a resume from an older checkpoint does again."""
+        for newer in checkpoints_in(self.checkpoints):
+            if newer.name > place.name:
+                shutil.rmtree(newer, ignore_errors=True)
 
     def write_config(self, plain: Mapping[str, Any]) -> None:
         """The resolved configuration, loadable as it is."""

@@ -1,0 +1,63 @@
+"""The folder of a run: one trainer at a time, no traceback for a place that cannot be one, nothing left by a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from samlet.artefacts import read_manifest, write_directory
+from samlet.engine.run_dir import RunDir
+from samlet.errors import SamletError
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(SamletError, match=rf"{place}: cannot be used as output_dir \(.+\); choose another$"),
+        RunDir(tmp_path / place).locked(),
+    ):
+        pass
+
+
+def test_an_error_inside_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), RunDir(tmp_path).locked():
+        raise PermissionError(13, "Permission denied", "somewhere/else")
+    with RunDir(tmp_path).locked():
+        pass
+
+
+def test_one_trainer_at_a_time(tmp_path: Path) -> None:
+    with RunDir(tmp_path).locked():
+        with pytest.raises(SamletError, match="another samlet train"), RunDir(tmp_path).locked():
+            pass
+        with pytest.raises(SamletError, match="another samlet train"), RunDir(tmp_path).locked():
+            pass
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_directory(run.best, lambda folder: (folder / "x").write_text("new"))
+    keep = {".hidden.tmp", "notes.1.2.tmp", ".env.old"}
+    for name in keep:
+        (tmp_path / name).write_text("the user's own")
+    for folder in (run.path, run.checkpoints, run.overlays):
+        (folder / ".step-00000003.12.34.tmp").mkdir(parents=True)
+        (folder / ".step-00000003.12.34.tmp" / "student.safetensors").write_text("half")
+        (folder / ".x.json.12.34.tmp").write_text("half")
+    write_directory(tmp_path / ".best.12.34.old", lambda folder: (folder / "x").write_text("old"))
+    with run.locked():
+        assert {path.name for path in tmp_path.iterdir()} == keep | {"best", "checkpoints", "overlays", ".lock"}
+        assert list(run.checkpoints.iterdir()) == list(run.overlays.iterdir()) == []
+        assert (run.best / "x").read_text() == "new"
+
+
+def test_a_kill_between_two_renames_does_not_lose_the_best(tmp_path: Path) -> None:
+    for time, text in ((34, "older"), (100, "newest"), (35, "old")):
+        write_directory(tmp_path / f".best.12.{time}.old", lambda folder, text=text: (folder / "x").write_text(text))  # type: ignore[misc]
+    (tmp_path / ".best.12.101.tmp").mkdir()
+    with RunDir(tmp_path).locked():
+        assert {path.name for path in tmp_path.iterdir()} == {"best", ".lock"}
+    read_manifest(tmp_path / "best")
+    assert (tmp_path / "best" / "x").read_text() == "newest"
