@@ -114,6 +114,9 @@ def test_more_than_255_instances(tmp_path: Path) -> None:
         ("train/_annotations.coco.json", "train"),
         ("annotations/instances_train2017.json", "train2017"),
         ("annotations/train.json", "images/train"),
+        ("annotations/instances_train2017.json", "images/train2017"),
+        ("annotations/instances_train.json", "Images/train2017"),
+        ("Annotations/instances_train.json", "Images/Train"),
         ("train/whatever.json", "train/images"),
     ],
 )
@@ -171,42 +174,6 @@ def test_images_alone_are_unlabelled(tmp_path: Path) -> None:
         assert (record.image_id, record.open_masks) == (name, None)
     with pytest.raises(DataError, match="no such folder"):
         read_split(tmp_path, "absent")
-
-
-LEFT_BEHIND = [".ipynb_checkpoints/im000-checkpoint.png", "__MACOSX/im000.png", ".thumbs/deep/x.png"]
-
-
-@pytest.mark.parametrize("left", LEFT_BEHIND)
-def test_what_tools_leave_behind_is_no_data(tmp_path: Path, left: str) -> None:
-    write_split(tmp_path, images=2)
-    for folder in ("images", "masks"):
-        save(picture(), tmp_path / folder / left)
-    found = read_split(tmp_path, None)
-    assert found.format == "mask_folders"
-    assert not found.problems
-    assert [record.image_id for record in found.records] == ["im000", "im001"]
-
-
-def test_a_hidden_folder_makes_no_mask_folders_of_label_images(tmp_path: Path) -> None:
-    save(picture(), tmp_path / "images" / "a.png")
-    save((DISCS[0] * 1 + DISCS[1] * 2).astype(np.uint8), tmp_path / "masks" / "a.png")
-    (tmp_path / "masks" / ".ipynb_checkpoints").mkdir()
-    found = read_split(tmp_path, None)
-    assert found.format == "instance_labels"
-    assert np.array_equal(all_masks(found)["a"], DISCS)
-
-
-def test_hidden_files_are_no_sa1b(tmp_path: Path) -> None:
-    save(picture(), tmp_path / "images" / "a.png")
-    content = {
-        "image": {"file_name": "a.png", "height": 48, "width": 64},
-        "annotations": [{"id": 1, "segmentation": compressed(DISCS[0])}],
-    }
-    for name in ("a.json", ".ipynb_checkpoints/a-checkpoint.json"):
-        (tmp_path / "sa1b" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sa1b" / name).write_text(json.dumps(content))
-    found = read_split(tmp_path, None)
-    assert (found.format, len(found.records), found.problems) == ("sa1b", 1, [])
 
 
 @pytest.mark.parametrize("name", FORMATS)

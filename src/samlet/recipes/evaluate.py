@@ -113,7 +113,7 @@ def open_split(data: Path, split: str, format: str) -> ValidationSet:
         DataError: there is no such split, or it cannot be used.
     """
     from samlet.data import DatasetConfig
-    from samlet.data.formats import FORMATS, exists
+    from samlet.data.formats import FORMATS, as_split, exists
 
     if format not in ("auto", *FORMATS):
         raise DataError(f"format: '{format}' is not one of auto, {', '.join(FORMATS)}")
@@ -123,7 +123,7 @@ def open_split(data: Path, split: str, format: str) -> ValidationSet:
     if not (data.is_dir() and exists(data, split)):
         if split != DEFAULT_SPLIT:
             raise DataError(f"{data}: has no split '{split}'; name a folder or annotation file in it")
-        root, split = data.resolve().parent, data.resolve().name
+        root, split = as_split(data)
     config = DatasetConfig(root=root, val=split, format=cast("FormatName", format), unlabelled="use")
     return config.build_val(seed=0)
 

@@ -1,20 +1,23 @@
 """COCO instances: one JSON a split with polygons or runs; crowd regions are left out and counted.
 
 The JSON is `<split>.json` beside the split's folder, any single COCO file in that folder, or lies in
-`annotations/`; image files are looked up by `file_name` in the usual folders and never outside the data set.
+`annotations/`, also as `instances_<split>*.json`; image files are looked up by `file_name` in the usual folders
+(`<split>/`, `<split>2017/`, both also below `images/`) and never outside the data set.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from samlet.data.formats.mask_folders import IMAGES
 from samlet.data.images import contained
-from samlet.data.records import Found, Record, identity, list_images, open_segmentations
+from samlet.data.records import Found, Record, entry, identity, list_images, open_segmentations, sub_folders
 from samlet.data.segmentations import flaw
 from samlet.errors import DataError
 
@@ -27,7 +30,7 @@ def _candidates(place: Path) -> Iterator[Path]:
         yield place
     yield place.with_name(f"{place.name}.json")
     yield from (place / name for name in _NAMES)
-    for folder in (place / "annotations", place.parent / "annotations", place.parent):
+    for folder in (entry(place, "annotations"), entry(place.parent, "annotations"), place.parent):
         yield folder / f"{place.name}.json"
         yield from sorted(folder.glob(f"instances_{place.name}*.json"))
     if place.is_dir():
@@ -88,10 +91,22 @@ def load_json(path: Path) -> dict[str, Any]:
 def _image_folders(place: Path, file: Path) -> list[Path]:
     split = place if place.suffix.lower() != ".json" else place.with_suffix("")
     base = split.parent if file.parent != split else split
-    names = [split / "images", split / "image", split, file.parent / "images", file.parent / "image", file.parent]
-    names += [base / "images" / split.name, base / "images", base]
-    names += sorted(path for path in base.glob(f"{split.name}*") if path.is_dir())  # train2017
+    if base.name.casefold() == "annotations":
+        base = base.parent
+    words = (split.name.removeprefix("instances_"), file.stem.removeprefix("instances_"))
+    names = [*sub_folders(split, IMAGES), split, *sub_folders(file.parent, IMAGES), file.parent]
+    exact = (*words, re.sub(r"20\d\d$", "", words[1]))  # instances_train2017.json also goes with images/train
+    names += [folder / word for word in exact for folder in (*sub_folders(base, IMAGES), base)]
+    names += [folder for word in words for folder in _beginning_with(word, (*sub_folders(base, IMAGES), base))]
+    names += [*sub_folders(base, IMAGES), base]
     return [folder for folder in dict.fromkeys(names) if folder.is_dir()]
+
+
+def _beginning_with(word: str, folders: Sequence[Path]) -> Iterator[Path]:
+    """Folders such as train2017 for train."""
+    for folder in folders:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        yield from (path for path in paths if path.name.casefold().startswith(word.casefold()) and path.is_dir())
 
 
 class _Reader:

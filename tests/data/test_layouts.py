@@ -1,0 +1,125 @@
+"""Where splits and their files may lie: usual names, any case, images and masks of all splits side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samlet.data.formats import as_split, exists, read_split, split_place
+from tests.data.builders import picture, save, write_split
+from tests.data.test_formats import DISCS, all_masks, annotation, coco, compressed, entry, uncompressed
+
+
+@pytest.mark.parametrize("images", ["images/train", "train2017", "images/train2017", "images"])
+def test_an_annotation_file_is_a_split_itself(tmp_path: Path, images: str) -> None:
+    save(picture(), tmp_path / images / "a.png")
+    file = coco(tmp_path / "annotations" / "instances_train2017.json", [entry()], [annotation(uncompressed(DISCS[0]))])
+    assert as_split(file) == (tmp_path.resolve(), "annotations/instances_train2017.json")
+    found = read_split(*as_split(file))
+    assert found.format == "coco"
+    assert not found.problems
+    assert np.array_equal(all_masks(found)["a"], DISCS[:1])
+
+
+def test_a_folder_of_any_other_name_is_its_files_root(tmp_path: Path) -> None:
+    file = coco(tmp_path / "train.json", [entry()], [])
+    assert as_split(file) == (tmp_path.resolve(), "train.json")
+    assert as_split(tmp_path / "annotations") == (tmp_path.resolve(), "annotations")
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Valid", "VAL"])
+def test_other_names_of_the_validation_split(tmp_path: Path, name: str) -> None:
+    write_split(tmp_path / "train", images=2)
+    write_split(tmp_path / name, images=1)
+    assert exists(tmp_path, "val")
+    assert not exists(tmp_path, "test")
+    assert split_place(tmp_path, "val") == tmp_path / name
+    assert len(read_split(tmp_path, "val").records) == 1
+
+
+def test_the_own_name_of_a_split_comes_first(tmp_path: Path) -> None:
+    write_split(tmp_path / "valid", images=2)
+    write_split(tmp_path / "val", images=1)
+    assert split_place(tmp_path, "val") == tmp_path / "val"
+    assert split_place(tmp_path, "absent") == tmp_path / "absent"
+
+
+def _splits_by_kind(root: Path, images: str, masks: str) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        write_split(root / "by_split" / split, images=count)
+        for new, old in ((images, "images"), (masks, "masks")):
+            (root / new).mkdir(exist_ok=True)
+            (root / "by_split" / split / old).rename(root / new / split)
+        (root / "by_split" / split).rmdir()
+    (root / "by_split").rmdir()
+
+
+@pytest.mark.parametrize(("images", "masks"), [("images", "masks"), ("image", "mask"), ("Images", "Masks")])
+def test_splits_below_images_and_masks_stay_apart(tmp_path: Path, images: str, masks: str) -> None:
+    _splits_by_kind(tmp_path, images, masks)
+    assert exists(tmp_path, "train")
+    assert exists(tmp_path, "val")
+    for split, count in (("train", 3), ("val", 2)):
+        found = read_split(tmp_path, split)
+        assert found.format == "mask_folders"
+        assert not found.problems
+        assert [len(masks) for masks in all_masks(found).values()] == [3] * count
+        assert all(record.image_path.parent == tmp_path / images / split for record in found.records)
+
+
+def test_label_images_and_bare_images_below_a_kind(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        save(picture(), tmp_path / "images" / split / "a.png")
+    save((DISCS[0] * 1 + DISCS[1] * 2).astype(np.uint8), tmp_path / "labels" / "train" / "a.png")
+    found = read_split(tmp_path, "train")
+    assert found.format == "instance_labels"
+    assert np.array_equal(all_masks(found)["a"], DISCS)
+    (bare,) = read_split(tmp_path, "val").records
+    assert (bare.image_id, bare.open_masks) == ("a", None)
+
+
+def test_folders_are_found_in_any_case(tmp_path: Path) -> None:
+    write_split(tmp_path / "Train", images=2)
+    (tmp_path / "Train" / "images").rename(tmp_path / "Train" / "Images")
+    (tmp_path / "Train" / "masks").rename(tmp_path / "Train" / "MASKS")
+    found = read_split(tmp_path, "train")
+    assert len(found.records) == len([record for record in found.records if record.open_masks]) == 2
+
+
+LEFT_BEHIND = [".ipynb_checkpoints/im000-checkpoint.png", "__MACOSX/im000.png", ".thumbs/deep/x.png"]
+
+
+@pytest.mark.parametrize("left", LEFT_BEHIND)
+def test_what_tools_leave_behind_is_no_data(tmp_path: Path, left: str) -> None:
+    write_split(tmp_path, images=2)
+    for folder in ("images", "masks"):
+        save(picture(), tmp_path / folder / left)
+    found = read_split(tmp_path, None)
+    assert found.format == "mask_folders"
+    assert not found.problems
+    assert [record.image_id for record in found.records] == ["im000", "im001"]
+
+
+def test_a_hidden_folder_makes_no_mask_folders_of_label_images(tmp_path: Path) -> None:
+    save(picture(), tmp_path / "images" / "a.png")
+    save((DISCS[0] * 1 + DISCS[1] * 2).astype(np.uint8), tmp_path / "masks" / "a.png")
+    (tmp_path / "masks" / ".ipynb_checkpoints").mkdir()
+    found = read_split(tmp_path, None)
+    assert found.format == "instance_labels"
+    assert np.array_equal(all_masks(found)["a"], DISCS)
+
+
+def test_hidden_files_are_no_sa1b(tmp_path: Path) -> None:
+    save(picture(), tmp_path / "images" / "a.png")
+    content = {
+        "image": {"file_name": "a.png", "height": 48, "width": 64},
+        "annotations": [{"id": 1, "segmentation": compressed(DISCS[0])}],
+    }
+    for name in ("a.json", ".ipynb_checkpoints/a-checkpoint.json"):
+        (tmp_path / "sa1b" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sa1b" / name).write_text(json.dumps(content))
+    found = read_split(tmp_path, None)
+    assert (found.format, len(found.records), found.problems) == ("sa1b", 1, [])
