@@ -16,6 +16,7 @@ from samlet.data.prompts import PromptSettings
 from samlet.data.records import MaskFiles
 from samlet.data.sampler import SampleKey
 from samlet.data.splits import pick, train_split, withhold_labels
+from samlet.data.synthetic import write_dataset
 from samlet.errors import DataError
 from samlet.frames import preprocess
 from samlet.types import Sample
@@ -299,3 +300,10 @@ def test_no_split_and_no_masks_are_clear_errors(tmp_path: Path) -> None:
     save(picture(seed=1), tmp_path / "images" / "b.png")
     with pytest.raises(DataError, match="validation split 'val' has masks"):
         config(tmp_path, unlabelled="use").build_val(seed=0)
+
+
+def test_labelled_images_may_come_more_often(tmp_path: Path) -> None:
+    write_dataset(tmp_path, num_train=10, num_val=1, image_size=64, seed=0)
+    config = DatasetConfig(root=tmp_path, labelled_fraction=0.2, labelled_repeat=4, unlabelled="use")
+    ids = config.build_train(image_size=64, seed=0, prompts=PromptConfig(), augmentation=AugmentationConfig()).image_ids
+    assert sorted(ids.count(name) for name in set(ids)) == [1] * 8 + [4] * 2

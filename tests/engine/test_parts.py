@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samlet.engine.parts import build_optimizer, set_trainable
+from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable
 from samlet.models import Sam, build_sam
 from tests.tiny import IMAGE_SIZE, STUDENT
 
@@ -62,6 +62,23 @@ def test_batch_norm_follows_the_data_only_where_asked(student: Sam) -> None:
         set_trainable(student, [], batch_norm)
         one_step(student, optimizer_of(student), 0)
         assert torch.equal(student.state_dict()[name], before) is not moves
+
+
+def test_calibrated_statistics_are_those_of_the_images_and_stay(student: Sam) -> None:
+    images = torch.randn(6, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    stem = next(module for module in student.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen: list[torch.Tensor] = []
+    conv = student.image_encoder.get_submodule("patch_embed.seq.0.c")
+    calibrate_batch_norm(student, torch.chunk(images, 3))
+    with torch.no_grad():
+        seen = [conv(part) for part in torch.chunk(images, 3)]
+    expected = torch.stack([maps.mean(dim=(0, 2, 3)) for maps in seen]).mean(dim=0)
+    torch.testing.assert_close(stem.running_mean, expected, rtol=1e-4, atol=1e-5)
+    assert stem.momentum == 0.1
+    before = {name: value.clone() for name, value in student.state_dict().items() if "running" in name}
+    set_trainable(student, [], "calibrated")
+    one_step(student, optimizer_of(student), 0)
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
 
 
 def test_every_parameter_is_in_the_optimizer_once(student: Sam) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -203,6 +205,23 @@ def test_a_signal_saves_and_the_run_goes_on(scenes: Path, tmp_path: Path, number
     assert (tmp_path / "calm/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
 
 
+def test_a_signal_to_the_whole_group_saves_though_workers_hear_it_too(scenes: Path, tmp_path: Path) -> None:
+    training = {"epochs": 500, "num_workers": 2}
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(plain_config(tiny_config(scenes, tmp_path / "run", training=training))))
+    command = [sys.executable, "-m", "samlet", "train", str(config)]
+    run = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    assert run.stderr is not None
+    while "step 1/" not in run.stderr.readline():
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGTERM)
+    rest = run.communicate(timeout=120)[1]
+    assert run.returncode == 143, rest[-1000:]
+    assert checkpoint.newest_valid(tmp_path / "run/checkpoints")[0] is not None
+
+
 FAULTS: dict[str, Callable[[int], Any]] = {
     "write": lambda k: failing("pathlib.Path.write_bytes", k),
     "fsync": lambda k: failing("os.fsync", k),
@@ -284,6 +303,17 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_when_named(
     victim.write_bytes(content)
     with pytest.raises(SamletError, match="damaged"):
         train(tiny_config(scenes, tmp_path / "other", training={"epochs": 3}, resume=str(newest)))
+
+
+def test_an_older_checkpoint_of_the_same_run_may_be_named(scenes: Path, tmp_path: Path) -> None:
+    blocks: dict[str, Any] = {"training": {"epochs": 3}, "checkpoint": {"keep_last": 9}}
+    config = tiny_config(scenes, tmp_path / "run", **blocks)
+    assert train(config) == 0
+    expected, log = sha256_of(tmp_path / "run/student.safetensors"), (tmp_path / "run/metrics.jsonl").read_bytes()
+    oldest = checkpoint.checkpoints_in(tmp_path / "run/checkpoints")[-1].resolve()
+    assert train(tiny_config(scenes, tmp_path / "run", **blocks, resume=str(oldest))) == 0
+    assert sha256_of(tmp_path / "run/student.safetensors") == expected
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == log
 
 
 def test_another_configuration_is_refused_by_field(scenes: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
         "dataset": {"labelled_fraction": 0.5, "unlabelled": "use"},
         "distillation": {"enable": True, "prompt_embed": {"enable": True}, "decoder_mask_token": {"enable": True}},
         "teachers": [{"name": "T", "checkpoint": str(teacher)}],
-        "training": {"epochs": 2, "batch_size": 2, "accumulation": 2, "freeze": ["mask_decoder"], "unfreeze_epoch": 1},
+        "training": {"epochs": 4, "batch_size": 2, "accumulation": 2, "freeze": ["mask_decoder"], "unfreeze_epoch": 1},
+        "checkpoint": {"keep_last": 9},
     }
 
 
@@ -64,6 +66,12 @@ def test_two_processes_equal_one_and_themselves(blocks: tuple[Path, dict[str, An
     first = run_in_two(scenes, tmp_path / "first", **settings)
     again = run_in_two(scenes, tmp_path / "again", **settings)
 
+    assert sha256_of(first / "student.safetensors") == sha256_of(again / "student.safetensors")
+    assert (first / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
+
+    for newest in sorted((again / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(newest)
+    run_in_two(scenes, again, **settings)  # goes on after the part has thawed
     assert sha256_of(first / "student.safetensors") == sha256_of(again / "student.safetensors")
     assert (first / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
 

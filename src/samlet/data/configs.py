@@ -103,6 +103,8 @@ class DatasetConfig(StrictModel):
     """Images without masks: refuse them, use them for what a teacher says, or leave them out."""
     labelled_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the training images whose masks are used, chosen by seed and id; the others count as unlabelled."""
+    labelled_repeat: Annotated[int, Field(ge=1)] = 1
+    """Times that each labelled image comes in an epoch; above 1 keeps a few of them from drowning among the others."""
     broken: Literal["refuse", "skip"] = "refuse"
     """Files that cannot be read or used: stop with their path, or take another and report the path."""
 

@@ -60,7 +60,8 @@ def train_split(config: DatasetConfig, seed: int) -> Split:
         records = [record for record in records if record.open_masks]
     if not records:
         raise DataError(f"{config.root}: no image of the training split '{config.train}' has masks")
-    return Split(records, split.problems)
+    labelled = [record for record in records if record.open_masks]
+    return Split(records + labelled * (config.labelled_repeat - 1), split.problems)
 
 
 def val_split(config: DatasetConfig, seed: int) -> Split:

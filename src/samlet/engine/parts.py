@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from samlet.models.sam import Sam
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 NEVER_USED = ("image_encoder.norm_head.", "image_encoder.head.")  # TinyViT's classifier, kept for its keys
@@ -15,21 +22,39 @@ WITHOUT_DECAY = ("attention_biases", "pos_embed", "rel_pos", "embed", "token")
 def set_trainable(student: nn.Module, frozen: Iterable[str], batch_norm: str) -> None:
     """Train mode for the whole, then gradients off and BatchNorm in eval for what is frozen.
 
-    A frozen part whose BatchNorm went on in train mode would drift with every batch. `batch_norm` "frozen" keeps
-    all statistics as they are, which small batches want; "train" lets those of the trained parts follow the data.
+    A frozen part whose BatchNorm went on in train mode would drift with every batch. `batch_norm` "train" lets
+    the statistics of the trained parts follow the data; otherwise all stay as they are, which small batches want.
     """
     student.train()
     for part in PARTS:
         module, trains = student.get_submodule(part), part not in frozen
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(trains and not f"{part}.{name}".startswith(NEVER_USED))
-        if not trains or batch_norm == "frozen":
+        if not trains or batch_norm != "train":
             for layer in _batch_norms(module):
                 layer.eval()
 
 
-def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    return (layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
+def _batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
+    return (layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d))
+
+
+@torch.no_grad()
+def calibrate_batch_norm(student: Sam, batches: Iterable[Float[Tensor, "B 3 S S"]]) -> None:
+    """Set every BatchNorm's statistics to their means over some batches, as fresh weights produce them.
+
+    Trained from scratch in batches of a few unlike images, BatchNorm learns with statistics of a batch and is used
+    with those of a mixture; measured once and then kept, they are the same in training and in use.
+    """
+    layers = list(_batch_norms(student))
+    modes = [(layer, layer.training, layer.momentum) for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.training, layer.momentum = True, None
+    for pixels in batches:
+        student.encode(pixels)
+    for layer, training, momentum in modes:
+        layer.training, layer.momentum = training, momentum
 
 
 def build_optimizer(

@@ -55,8 +55,8 @@ class ModelConfig(StrictModel):
     """Side of the square the encoder sees, in pixels; a multiple of 16."""
     encoder: EncoderConfig = EncoderConfig()
     """Sizes of the encoder, where they differ from the published ones."""
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    """Whether BatchNorm statistics stay as they are (right for small batches and pretrained weights) or train."""
+    batch_norm: Literal["frozen", "calibrated", "train"] = "frozen"
+    """BatchNorm statistics: kept (pretrained weights), measured once at the start (from scratch), or trained."""
 
     def mistakes(self) -> Iterable[tuple[tuple[str | int, ...], str]]:
         """Sizes that belong to another kind of encoder."""
@@ -93,5 +93,5 @@ class ModelConfig(StrictModel):
                 sam.mask_decoder.load_state_dict(donor.mask_decoder.state_dict())
             except RuntimeError as error:
                 raise CheckpointError(f"{self.decoder_checkpoint}: its decoder has other sizes: {error}") from error
-        freeze_batch_norm(sam, self.batch_norm == "frozen")
+        freeze_batch_norm(sam, self.batch_norm != "train")
         return sam

@@ -7,6 +7,7 @@ configuration it goes on where it stopped, to the same weights as if it had neve
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from samlet.config import RunConfig
 from samlet.data.dataset import SegmentationDataset, ValidationSet, collate
-from samlet.data.sampler import StepSampler
+from samlet.data.sampler import SampleKey, StepSampler, epoch_order
 from samlet.distill.configs import normalized_weights
 from samlet.distill.objectives import build_objectives
 from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
@@ -31,7 +32,7 @@ from samlet.engine.audit import audit_gradients
 from samlet.engine.checkpoint import TrainerState, load_checkpoint, newest_valid, save_checkpoint
 from samlet.engine.curves import plot_curves
 from samlet.engine.facts import facts_of_end, facts_of_start, refuse_other_config
-from samlet.engine.parts import build_optimizer, set_trainable
+from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable
 from samlet.engine.processes import agreed, gather_random_states, gathered, restore_random_state, total
 from samlet.engine.progress import StepProgress
 from samlet.engine.run_dir import RunDir
@@ -42,6 +43,8 @@ from samlet.engine.validation import draw_overlays, validate
 from samlet.errors import DataError, SamletError
 from samlet.models import Sam, load_sam
 from samlet.types import Batch
+
+BATCHES_TO_CALIBRATE = 8
 
 
 @dataclass
@@ -156,12 +159,22 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
         train_set=train_set,
         val_set=val_set,
     )
-    wrap(run)
+    if state.step == 0 and config.model.batch_norm == "calibrated":
+        calibrate(run)
     if accelerator.is_main_process:
         images = [(record.image_id, record.image_path) for record in (*train_set.records, *val_set.records)]
         folder.write_config(plain_config(config))
         folder.update_facts(**facts_of_start(plain_config(config), accelerator.num_processes, images))
     return run
+
+
+def calibrate(run: Run) -> None:
+    """Measure BatchNorm statistics on the first images of the first epoch, the same ones in every process."""
+    order = epoch_order(len(run.train_set), run.config.seed, 0)[: BATCHES_TO_CALIBRATE * run.config.training.batch_size]
+    samples = [run.train_set[SampleKey(0, int(index))] for index in order]
+    size = max(len(samples) // BATCHES_TO_CALIBRATE, 1)
+    batches = (collate(samples[start : start + size]) for start in range(0, len(samples), size))
+    calibrate_batch_norm(run.student, (to_device(batch, run).pixels for batch in batches))
 
 
 def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> TeacherTeam | None:
@@ -196,12 +209,14 @@ def resume(
         if accelerator.is_main_process:
             folder.begins_anew()
         return TrainerState()
+    own = place.resolve().parent == folder.checkpoints.resolve()
     state, random_states, scaler = load_checkpoint(place, student, optimizer)
     restore_random_state(random_states, accelerator)
     if scaler and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
-    if accelerator.is_main_process and place.parent == folder.checkpoints:
+    if accelerator.is_main_process and own:
         folder.continues_at(state.metrics_bytes)
+        folder.drop_checkpoints_after(place)
     elif accelerator.is_main_process:
         folder.begins_anew()
     accelerator.print(f"resumed from {place}, step {state.step}")
@@ -211,6 +226,7 @@ def resume(
 def wrap(run: Run) -> None:
     """Wrap the step for precision and processes; again whenever the set of trainable weights changes."""
     inner = run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+    run.accelerator._models.clear()  # it keeps every model it has ever wrapped
     run.wrapped = run.accelerator.prepare_model(inner)
 
 
@@ -221,15 +237,22 @@ def enter_training_mode(run: Run, epoch: int) -> None:
     set_trainable(run.student, () if thawed else training.freeze, run.config.model.batch_norm)
 
 
+def thaws_at(run: Run, step: int) -> bool:
+    """Whether the frozen parts begin to train with this step."""
+    epoch = run.config.training.unfreeze_epoch
+    return epoch is not None and step > 0 and run.epoch_after(step - 1) < epoch <= run.epoch_after(step)
+
+
 def fit(run: Run, stop: StopRequest) -> None:
     """The loop: one pass is one optimizer step."""
     config, state = run.config, run.state
     batches = load_batches(run)
     audited = False
     enter_training_mode(run, run.epoch_after(state.step))
+    wrap(run)
     with StepProgress(run.total_steps, state.step, shown=run.accelerator.is_main_process) as progress:
         while state.step < run.total_steps and not state.finished:
-            if run.epoch_after(state.step) == config.training.unfreeze_epoch:
+            if thaws_at(run, state.step):
                 enter_training_mode(run, run.epoch_after(state.step))
                 wrap(run)
             window = [next(batches) for _ in range(config.training.accumulation)]
@@ -313,6 +336,8 @@ def all_finite(run: Run, values: Mapping[str, float], norm: float, window: Seque
     images = gathered([name for batch in window for name in batch.image_ids], run.accelerator)
     what = f"{', '.join(broken) or 'the gradient'} not finite at step {run.state.step + 1}, images {', '.join(images)}"
     run.state.skipped_steps += 1
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.update()  # the gradients were unscaled already, and no step follows that would do it
     training = run.config.training
     if training.non_finite == "abort" or run.state.skipped_steps > training.max_skipped_steps:
         raise SamletError(
@@ -348,12 +373,19 @@ def load_batches(run: Run) -> Iterator[Batch]:
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=training.num_workers,
+        worker_init_fn=leave_signals_to_the_run,
         pin_memory=run.accelerator.device.type == "cuda",
     )
     try:
         yield from loader
     except DataError as error:  # from a worker process it comes with that process's whole traceback as text
         raise DataError(str(error).rsplit("samlet.errors.DataError: ", 1)[-1].strip()) from None
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the run has saved; they end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch: Batch, run: Run) -> Batch:
