@@ -102,6 +102,23 @@ def test_prompts_outside_the_image_or_none_at_all(
     assert not (tmp_path / "mask.png").exists()
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_the_image_is_never_written_over(tmp_path: Path, image: Path, link: bool) -> None:
+    """Refused before the checkpoint is opened: it does not even exist."""
+    before, same = image.read_bytes(), tmp_path / "sub" / ".." / "image.png"
+    (tmp_path / "sub").mkdir()
+    if link:
+        same = tmp_path / "link.png"
+        same.hardlink_to(image)
+    with pytest.raises(SamletError, match=r"--out .*is the image itself"):
+        predict(tmp_path / "none.pt", image, points=["1,1"], out=same)
+    with pytest.raises(SamletError, match=r"--overlay .*is the image itself"):
+        predict(tmp_path / "none.pt", image, points=["1,1"], out=tmp_path / "mask.png", overlay=same)
+    with pytest.raises(SamletError, match=r"--overlay .*is --out as well"):
+        predict(tmp_path / "none.pt", image, points=["1,1"], out=tmp_path / "m.png", overlay=same.parent / "m.png")
+    assert image.read_bytes() == before
+
+
 def test_files_that_cannot_be_used(tmp_path: Path, image: Path, weights: Path) -> None:
     with pytest.raises(SamletError, match=r"mask\.jpg"):
         predict(weights, image, points=["1,1"], out=tmp_path / "mask.jpg")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from samlet.data.formats import exists, read_split
+from samlet.data.formats import exists, read_split, split_place
 from samlet.data.images import probe_image
 from samlet.data.records import Found, Problem, Record
 from samlet.data.streams import hash_order
@@ -50,16 +51,21 @@ def train_split(config: DatasetConfig, seed: int) -> Split:
     Raises:
         DataError: there are none, or the configuration refuses some.
     """
-    found = read_split(config.root, config.train if exists(config.root, config.train) else None, config.format)
+    place, found = _find(config, config.train)
     if not exists(config.root, config.val):
         held = pick(found.records, config.val_fraction, seed)
         found.records = [record for record in found.records if record.image_id not in held]
-    split = _usable(found, config)
+        if held and not found.records:
+            raise DataError(
+                f"{place}: has {len(held)} image(s), all of which validation takes; "
+                f"add images, or give dataset.val ('{config.val}') its own"
+            )
+    split = _usable(found, config, place)
     records = withhold_labels(split.records, config.labelled_fraction, seed)
     if config.unlabelled == "drop":
         records = [record for record in records if record.open_masks]
     if not records:
-        raise DataError(f"{config.root}: no image of the training split '{config.train}' has masks")
+        raise DataError(f"{place}: no image of the training split '{config.train}' has masks")
     labelled = [record for record in records if record.open_masks]
     return Split(records + labelled * (config.labelled_repeat - 1), split.problems)
 
@@ -70,37 +76,41 @@ def val_split(config: DatasetConfig, seed: int) -> Split:
     Raises:
         DataError: there are none, or the configuration refuses some.
     """
-    if exists(config.root, config.val):
-        found = read_split(config.root, config.val, config.format)
-    else:
-        found = read_split(config.root, config.train if exists(config.root, config.train) else None, config.format)
+    place, found = _find(config, config.val if exists(config.root, config.val) else config.train)
+    if not exists(config.root, config.val):
         held = pick(found.records, config.val_fraction, seed)
         found.records = [record for record in found.records if record.image_id in held]
-    split = _usable(found, config)
+    split = _usable(found, config, place)
     labelled = [record for record in split.records if record.open_masks]
     if not labelled:
-        raise DataError(f"{config.root}: no image of the validation split '{config.val}' has masks")
+        raise DataError(f"{place}: no image of the validation split '{config.val}' has masks")
     return Split(labelled, split.problems)
 
 
-def _usable(found: Found, config: DatasetConfig) -> Split:
+def _find(config: DatasetConfig, split: str) -> tuple[Path, Found]:
+    """Where a split lies and what it holds; the root where there is no such split."""
+    name = split if exists(config.root, split) else None
+    return split_place(config.root, name), read_split(config.root, name, config.format)
+
+
+def _usable(found: Found, config: DatasetConfig, place: Path) -> Split:
     """Check headers and apply the policies on broken and unlabelled images."""
     records = [record for record in found.records if _header_reads(record, found)]
     errors = [problem for problem in found.problems if problem.level == "error"]
     if errors and config.broken == "refuse":
         raise DataError(
-            f"{config.root}: {len(errors)} file(s) cannot be used; mend them, or set dataset.broken to skip\n"
+            f"{place}: {len(errors)} file(s) cannot be used; mend them, or set dataset.broken to skip\n"
             + describe(errors)
         )
     bare = [record for record in records if record.open_masks is None]
     if bare and config.unlabelled == "refuse":
         reasons = [Problem(str(record.image_path), "has no masks") for record in bare]
         raise DataError(
-            f"{config.root}: {len(bare)} of {len(records)} images have no masks; "
+            f"{place}: {len(bare)} of {len(records)} images have no masks; "
             f"set dataset.unlabelled to use if a teacher is to supervise them, or to drop\n{describe(reasons)}"
         )
     if not records:
-        raise DataError(f"{config.root}: there is no image that can be used; `samlet check-data` says why")
+        raise DataError(f"{place}: there is no image that can be used; `samlet check-data` says why")
     return Split(sorted(records, key=lambda record: record.image_id), found.problems)
 
 

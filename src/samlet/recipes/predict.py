@@ -66,6 +66,7 @@ def predict(
     if not clicks and corners is None:
         raise SamletError("predict: say what to segment with --point x,y or --box x0,y0,x1,y1")
     _refuse_other_suffixes(out, overlay)
+    _refuse_to_overwrite(image, out, overlay)
     from samlet.data import read_image
 
     pixels = read_image(image)
@@ -132,6 +133,19 @@ def _refuse_other_suffixes(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and path.suffix.lower() != ".png":
             raise SamletError(f"{path}: pictures are written as PNG; give a name that ends in .png")
+
+
+def _refuse_to_overwrite(image: Path, out: Path, overlay: Path | None) -> None:
+    for option, path in (("--out", out), ("--overlay", overlay)):
+        if path is not None and _are_one(path, image):
+            raise SamletError(f"{option} {path}: is the image itself, which would be lost; name another file")
+    if overlay is not None and _are_one(out, overlay):
+        raise SamletError(f"--overlay {overlay}: is --out as well, and one would replace the other; name another file")
+
+
+def _are_one(first: Path, second: Path) -> bool:
+    both_there = first.exists() and second.exists()
+    return first.samefile(second) if both_there else first.resolve() == second.resolve()
 
 
 def _segment(
