@@ -49,6 +49,56 @@ def test_its_values_are_the_defaults() -> None:
     assert {k for k in plain["distillation"] if full["distillation"][k] != plain["distillation"][k]} == {"enable"}
 
 
+SNIPPET = """"distillation": {
+  "enable": true,
+  "encoder_patch": { "enable": true, "weight": 0.5 }
+},
+"teachers": [
+  { "name": "A", "weight": 0.7, "checkpoint": "a.pth" },
+  { "name": "B", "weight": 0.3, "checkpoint": "b.pt" }
+],
+"""
+
+
+@pytest.mark.parametrize("where", ["above", "below", "in place"])
+def test_json_pastes_over_its_blocks_of_distillation(tmp_path: Path, where: str) -> None:
+    text = (CONFIGS / "mobile_sam.yaml").read_text()
+    start, end = text.index("distillation:"), text.index("training:")
+    rest = {"above": f"{SNIPPET}%s", "below": f"%s{SNIPPET}", "in place": f"{text[:start]}{SNIPPET}{text[end:]}"}
+    path = tmp_path / "run.yaml"
+    path.write_text(rest[where].replace("%s", text[:start] + text[end:]))
+    pasted = load_config(RunConfig, path, check_files=False).model_dump()
+    full = load_config(RunConfig, CONFIGS / "mobile_sam.yaml", check_files=False).model_dump()
+    assert [teacher["name"] for teacher in pasted["teachers"]] == ["A", "B"]
+    assert pasted["distillation"]["encoder_patch"]["weight"] == 0.5
+    assert {key for key in full if full[key] != pasted[key]} == {"distillation", "teachers"}
+
+
+def test_a_missing_file_in_a_required_field_hides_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "dataset: {root: gone, labelled_fraction: 0.5}\n"
+        "training: {min_learning_rate: 1.0, unfreeze_epoch: 3, epoch: 4}\n"
+        "prompts: {positive_points: [4, 2]}\n"
+        "distillation: {enable: true}\n"
+        "teachers: [{name: A, checkpoint: gone.pth}, {name: A, checkpoint: .}]\n"
+        "logging:\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, path)
+    assert sorted(line.split(": ")[1] for line in str(caught.value).splitlines()) == [
+        "dataset.labelled_fraction",
+        "dataset.root",
+        "logging",
+        "prompts.positive_points",
+        "teachers.0.checkpoint",
+        "teachers.1.name",
+        "training.epoch",
+        "training.min_learning_rate",
+        "training.unfreeze_epoch",
+    ]
+
+
 def paths_in(value: Any, prefix: str = "") -> set[str]:
     if not isinstance(value, dict):
         return set()

@@ -37,6 +37,8 @@ class Run(StrictModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     learning_rate: float = 1e-4
     sizes: tuple[int, int] = (1, 2)
+    out: str = "out"
+    seed: str = "0"
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         if self.distillation.enable and not self.teachers:
@@ -82,6 +84,81 @@ def test_a_cross_check_is_not_hidden_by_other_mistakes(tmp_path: Path) -> None:
     assert any("precision: must be" in line for line in lines)
 
 
+class Limits(StrictModel):
+    low: int = 1
+    high: int = 2
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if self.low > self.high:
+            yield ("low",), "is above high"
+
+
+class Dataset(StrictModel):
+    root: ExistingPath
+    name: str
+    kind: Literal["coco", "sa1b"] = "coco"
+    share: float = 1.0
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if self.share > 1:
+            yield ("share",), "is above 1"
+
+
+class Whole(StrictModel):
+    dataset: Dataset
+    limits: Limits = Limits()
+    resume: Literal["auto"] | ExistingPath = "auto"
+    files: tuple[ExistingPath, ...] = ()
+    sizes: tuple[int, int] = (1, 2)
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if len(set(self.files)) < len(self.files):
+            yield ("files",), "names one twice"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "dataset: {root: gone, name: a, share: 3}\nlimits: {low: 3}\nfiles: [x, x]\n",
+            [
+                *["dataset.root: no such", "dataset.share: is above 1", "files.0: no such", "files.1: no such"],
+                *["files: names one twice", "limits.low: is above high"],
+            ],
+        ),
+        (
+            "dataset: {root: 3, kind: cocoo, share: 3}\nlimits: {low: 3, hihg: 9}\n",
+            [
+                *["dataset.name: required, and missing", "dataset.kind: must be", "dataset.root: "],
+                *["dataset.share: is above 1", "limits.hihg: unknown key", "limits.low: is above high"],
+            ],
+        ),
+        ("limits: {low: 3}\n", ["dataset: required, and missing", "limits.low: is above high"]),
+        (
+            "dataset:\nlimits: {low: 3}\nsizes: [1]\n",
+            ["dataset: is empty; remove the line, or fill it", "limits.low: is above high", "sizes.1: required"],
+        ),
+        (
+            "dataset: {root: ., name: a}\nfiles: [3, gone, gone]\nlimits:\n",
+            ["files.0: ", "files.1: no such", "files.2: no such", "limits: is empty"],
+        ),
+        (
+            "dataset: {root: ., name: 3, share: 2}\nlimits: {low: x, high: 0}\n",
+            ["dataset.name: ", "dataset.share: is above 1", "limits.low: must be"],
+        ),
+    ],
+)
+def test_cross_checks_are_made_beside_wrong_and_absent_required_fields(
+    tmp_path: Path, text: str, said: list[str]
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Whole, path)
+    lines = sorted(line.split(": ", 1)[1] for line in str(caught.value).splitlines())
+    assert len(lines) == len(said), lines
+    assert all(line.startswith(start) for line, start in zip(lines, sorted(said), strict=True)), lines
+
+
 def test_a_missing_key_names_itself(tmp_path: Path) -> None:
     path = write(tmp_path, "teachers:\n  - name: A\n  - weight: 1\n")
     assert complaints(path) == [f"{path}:3: teachers.1.name: required, and missing"]
@@ -109,12 +186,42 @@ FRAGMENT = """"distillation": {
 """
 
 
-@pytest.mark.parametrize("template", ["precision: bf16\n%s", '{"precision": "bf16",\n%s}', "%s\nprecision: bf16\n"])
-def test_a_pasted_json_fragment_works_in_yaml_and_json(tmp_path: Path, template: str) -> None:
-    run = load_config(Run, write(tmp_path, template % FRAGMENT))
+BEFORE = {
+    "nothing": "",
+    "an odd apostrophe in a comment": "# the user's own\n",
+    "a bracket in a comment": "learning_rate: 1 # see [1, 2\n",
+    "an apostrophe in a plain value": "out: runs/pete's\n",
+    "commas in plain values": "out: runs/a,b, c\n",
+    "commas and braces in quotes": "out: 'a},'\n",
+    "flow values": "sizes: [3, 4]\nout: a\nprecision: bf16\n",
+    "flow values over lines": "sizes: [\n  3,\n  4\n]\n",
+    "a text of several lines": 'out: |\n  "x": {},\n  },\n',
+    "windows": "# it's\r\nout: a,b\r\n",
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("template", ["%s%s", "%s%s\n# it's [the end\n", "%s\n%s\nprecision: bf16\n"])
+def test_a_pasted_json_fragment_works_in_yaml(tmp_path: Path, template: str, before: str) -> None:
+    alone = load_config(Run, write(tmp_path, BEFORE[before]))
+    for fragment in (FRAGMENT, FRAGMENT.replace("},\n", "}, # it's, {\n"), f'"seed": "7",\n{FRAGMENT.rstrip()},\n'):
+        if "bf16" in BEFORE[before] and "bf16" in template:
+            continue
+        run = load_config(Run, write(tmp_path, template % (BEFORE[before], fragment)))
+        assert run.distillation.encoder_patch.w_cos == 0.5
+        assert [teacher.name for teacher in run.teachers] == ["A, with a comma", "B"]
+        assert (run.out, run.sizes, run.learning_rate) == (alone.out, alone.sizes, alone.learning_rate)
+
+
+def test_a_pasted_json_fragment_works_in_json(tmp_path: Path) -> None:
+    run = load_config(Run, write(tmp_path, f'{{"precision": "bf16", "out": "a}},b",\n{FRAGMENT}}}', "run.json"))
     assert run.distillation.encoder_patch.w_cos == 0.5
-    assert [teacher.name for teacher in run.teachers] == ["A, with a comma", "B"]
-    assert run.precision == "bf16"
+    assert (run.precision, run.out) == ("bf16", "a},b")
+
+
+@pytest.mark.parametrize("text", ["sizes: [1, 2],, \n", "sizes: [1, 2], out: x\n", "sizes: [1, 2,\nout: 3,\n"])
+def test_no_other_comma_is_passed_over(tmp_path: Path, text: str) -> None:
+    assert "not YAML or JSON" in complaints(write(tmp_path, text))[0]
 
 
 def test_overrides_lie_over_the_file(tmp_path: Path) -> None:

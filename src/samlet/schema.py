@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -45,7 +45,8 @@ def _must_exist(path: Path, info: ValidationInfo) -> Path:
     if info.context and info.context.get("check_files") and not path.exists():
         near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
         hint = f" (did you mean '{path.with_name(near[0])}'?)" if near else ""
-        raise ValueError(f"no such file or folder: '{path}', looked for from {Path.cwd()}{hint}")
+        sentence = f"no such file or folder: '{path}', looked for from {Path.cwd()}{hint}"
+        raise PydanticCustomError("missing_file", "{sentence}", {"sentence": sentence})
     return path
 
 
@@ -72,13 +73,12 @@ def load_config(
     for override in overrides:
         source.override(override)
     found: dict[tuple[Loc, str], None] = {}
-    config = _validate(kind, source, check_files, found)
-    if config is not None:
-        for loc, message in _cross_mistakes(config):
+    config, judged = _validate(kind, source.plain, check_files, found)
+    for loc, message in () if config is None else _cross_mistakes(config):
+        if not any(loc[:length] in judged for length in range(len(loc) + 1)):
             found[(loc, message)] = None
-    if found:
+    if found or config is None:
         raise ConfigError("\n".join(source.describe(loc, message) for loc, message in found))
-    assert config is not None
     return config
 
 
@@ -88,28 +88,66 @@ def json_schema(kind: type[StrictModel]) -> dict[str, Any]:
 
 
 def _validate(
-    kind: type[Model], source: _Source, check_files: bool, found: dict[tuple[Loc, str], None]
-) -> Model | None:
-    """Validate; where that fails, note the mistakes, cut them out and validate the rest for what they hid."""
-    plain, pruned = source.plain, set[Loc]()
-    for _ in range(4):
+    kind: type[Model], plain: Any, check_files: bool, found: dict[tuple[Loc, str], None]
+) -> tuple[Model | None, set[Loc]]:
+    """Validate; where that fails, note the mistakes, mend them and validate the rest for what they hid.
+
+    A wrong value makes room for its default, or where it is required for a stand-in (a block, path or name); a file
+    that is not there is taken as there. Returns the mended configuration, if one came about, and where it was mended.
+    """
+    judged = set[Loc]()
+    for _ in range(8):  # as deep as blocks with required fields lie in each other, and more
         try:
-            return kind.model_validate_json(json.dumps(plain), context={"check_files": check_files})
+            return kind.model_validate_json(json.dumps(plain), context={"check_files": check_files}), judged
         except ValidationError as error:
-            cut = set[Loc]()
-            for detail in error.errors():
-                loc = source.known(detail["loc"])
-                if detail["type"] == "missing":
-                    loc = (*loc, *detail["loc"][-1:]) if loc != detail["loc"] else loc
-                if loc in pruned:
-                    continue
+            details = error.errors()
+        cut, absent = set[Loc](), set[Loc]()
+        for detail in details:
+            loc = _known(plain, detail["loc"])
+            if detail["type"] == "missing":
+                loc = (*loc, detail["loc"][-1])
+            if not any(loc[:length] in judged for length in range(len(loc) + 1)):
                 found[(loc, _message(kind, detail))] = None
-                cut.add(loc)
-            if not cut or () in cut:
-                return None
-            pruned |= cut
-            plain = _without(plain, cut)
-    return None
+            if detail["type"] == "missing" and isinstance(loc[-1], str):
+                absent.add(loc)
+            elif detail["type"] == "missing_file":
+                check_files = False
+            else:  # a list is cut as a whole, as its indices would move
+                cut.add(loc[:-1] if loc and isinstance(loc[-1], int) else loc)
+        if () in cut:
+            break
+        judged |= cut | absent
+        plain = _mended(kind, plain, cut, absent)
+    return None, judged
+
+
+def _known(plain: Any, loc: Sequence[str | int]) -> Loc:
+    """`loc` less the names of union members, which pydantic adds and no file contains."""
+    place, kept = plain, list[str | int]()
+    for part in loc:
+        if isinstance(place, list) and isinstance(part, int) and part < len(place):
+            place = place[part]
+        elif isinstance(place, dict) and part in place:
+            place = place[str(part)]
+        else:
+            continue
+        kept.append(part)
+    return tuple(kept)
+
+
+def _mended(kind: type[StrictModel], plain: Any, cut: set[Loc], absent: set[Loc]) -> Any:
+    """A copy of `plain` less the places to cut, with stand-ins at the absent ones: an empty block, or their path."""
+
+    def copy(value: Any, loc: Loc) -> Any:
+        if isinstance(value, list):
+            return [copy(member, (*loc, index)) for index, member in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        kept = {key: copy(member, (*loc, key)) for key, member in value.items() if (*loc, key) not in cut}
+        here = [place for place in absent if place[:-1] == loc]
+        return kept | {place[-1]: {} if _models_at(kind, place) else ".".join(map(str, place)) for place in here}
+
+    return copy(plain, ())
 
 
 def _cross_mistakes(config: StrictModel, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
@@ -151,19 +189,6 @@ class _Source:
                 place = place[part] if isinstance(part, int) else place.setdefault(part, {})
         self.origins[tuple(parts)] = f"override '{text}'"
 
-    def known(self, loc: Sequence[str | int]) -> Loc:
-        """`loc` less the names of union members, which pydantic adds and no file contains."""
-        place, kept = self.plain, list[str | int]()
-        for part in loc:
-            if isinstance(place, list) and isinstance(part, int) and part < len(place):
-                place = place[part]
-            elif isinstance(place, dict) and part in place:
-                place = place[str(part)]
-            else:
-                continue
-            kept.append(part)
-        return tuple(kept)
-
     def describe(self, loc: Loc, message: str) -> str:
         return f"{self._origin(loc)}: {'.'.join(map(str, loc)) or 'the whole'}: {message}"
 
@@ -190,13 +215,29 @@ def _parse_file(path: Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise ConfigError(f"{path}: cannot be read: {reason}") from error
     try:
-        tree = YAML(typ="rt").load(text)
+        tree = _parse(text)
     except YAMLError as error:
-        try:
-            tree = YAML(typ="rt").load(_without_commas_between_blocks(text))
-        except YAMLError:
-            raise ConfigError(_syntax_message(str(path), error)) from error
+        raise ConfigError(_syntax_message(str(path), error)) from error
     return CommentedMap() if tree is None else tree
+
+
+def _parse(text: str) -> Any:
+    """YAML 1.2, and JSON pasted between its keys: a comma that ends `"distillation": {...},` there is passed over.
+
+    Only where the parser itself stumbles over such a comma is it blanked, so no value can change.
+    """
+    for _ in range(100):
+        try:
+            return YAML(typ="rt").load(text)
+        except MarkedYAMLError as error:
+            mark = error.problem_mark
+            place = -1 if mark is None else mark.index
+            rest = text[place + 1 :].partition("\n")[0]
+            is_stray = place >= 0 and text[place : place + 1] == "," and text[:place].rstrip()[-1:] in ("}", "]", '"')
+            if not is_stray or not re.fullmatch(r"\s*|\s+#.*", rest):
+                raise
+            text = f"{text[:place]} {text[place + 1 :]}"
+    return YAML(typ="rt").load(text)
 
 
 def _parse_value(value: str, override: str) -> Any:
@@ -211,25 +252,6 @@ def _syntax_message(where: str, error: YAMLError) -> str:
         mark = error.problem_mark
         return f"{where}:{mark.line + 1}: column {mark.column + 1}: not YAML or JSON: {error.problem}"
     return f"{where}: not YAML or JSON: {' '.join(str(error).split())}"
-
-
-def _without_commas_between_blocks(text: str) -> str:
-    """Blank the commas that stand outside of every bracket.
-
-    A JSON fragment such as `"distillation": {...},` pasted between the keys of a YAML file ends in one.
-    """
-    depth, quote, kept = 0, "", list[str]()
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        elif character in "{[":
-            depth += 1
-        elif character in "}]":
-            depth -= 1
-        kept.append(" " if character == "," and depth == 0 and not quote else character)
-    return "".join(kept)
 
 
 def _to_plain(node: Any, where: str) -> Any:
@@ -254,19 +276,6 @@ def _to_plain(node: Any, where: str) -> Any:
     return convert(node)
 
 
-def _without(plain: Any, cut: set[Loc]) -> Any:
-    """A copy of `plain` less the given places; a list that holds one is dropped whole, as its indices would move."""
-
-    def copy(value: Any, loc: Loc) -> Any:
-        if isinstance(value, dict):
-            return {key: copy(member, (*loc, key)) for key, member in value.items() if (*loc, key) not in cut}
-        if isinstance(value, list):
-            return [copy(member, (*loc, index)) for index, member in enumerate(value) if (*loc, index) not in cut]
-        return value
-
-    return copy(plain, ())
-
-
 def _message(kind: type[StrictModel], detail: ErrorDetails) -> str:
     """One mistake in plain words."""
     value, loc = detail["input"], detail["loc"]
@@ -280,6 +289,10 @@ def _message(kind: type[StrictModel], detail: ErrorDetails) -> str:
             words = re.findall(r"'([^']*)'", expected)
             near = difflib.get_close_matches(str(value), words, n=1)
             return f"must be {expected}, got {value!r}" + (f" (did you mean '{near[0]}'?)" if near else "")
+        case "model_type" | "tuple_type" | "list_type" if value is None:
+            return "is empty; remove the line, or fill it"
+        case "missing_file":
+            return detail["msg"]
         case "value_error":
             return detail["msg"].removeprefix("Value error, ")
     text = detail["msg"].replace("Input should be", "must be").replace("Input should", "should")
