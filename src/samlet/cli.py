@@ -63,9 +63,9 @@ def check_data(
     format: Format = "auto",
     sheet: Annotated[Path | None, typer.Option(help="Where the contact sheet goes.")] = None,
     json: Annotated[Path | None, typer.Option(help="Where the whole report goes as JSON.")] = None,
-    image_size: Annotated[int, typer.Option(help="Input size that tiny objects are judged by.")] = 1024,
+    image_size: Annotated[int, typer.Option(min=32, help="Input size that tiny objects are judged by.")] = 1024,
     unlabelled: Annotated[
-        Literal["refuse", "use"], typer.Option(help="What training would do with images without masks.")
+        Literal["refuse", "use", "drop"], typer.Option(help="What training would do with images without masks.")
     ] = "refuse",
 ) -> None:
     """Say what is in a data set, draw a contact sheet, and exit 2 on what training would refuse."""
@@ -99,7 +99,7 @@ def evaluate(
     format: Format = "auto",
     image_size: ImageSize = None,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluate.json and evaluate.md.")] = None,
-    max_images: Annotated[int | None, typer.Option(help="Only the first n images.")] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first n images.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure mIoU and mDice at the original resolution, several checkpoints side by side."""

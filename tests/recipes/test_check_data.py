@@ -6,16 +6,22 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from samlet.cli import app
+from samlet.data.splits import train_split, val_split
 from samlet.errors import DataError
 from samlet.recipes.check_data import check_data
-from tests.data.builders import picture, save, write_small
+from tests.data.builders import config, picture, save, write_small, write_split
+from tests.data.test_formats import DISCS, annotation, coco, entry, uncompressed
 
 
 def _run(path: Path, **more: object) -> tuple[int, str, Path]:
@@ -68,6 +74,112 @@ def test_one_split_and_one_file_can_be_checked(tmp_path: Path) -> None:
     assert _run(root / "train")[0] == 0
     with pytest.raises(DataError, match="no such file or folder"):
         _run(root / "absent")
+
+
+def _only_val(root: Path) -> None:
+    write_split(root / "val", images=3)
+
+
+def _one_image(root: Path) -> None:
+    write_split(root, images=1)
+
+
+def _bare_val(root: Path) -> None:
+    write_split(root / "train", images=3)
+    save(picture(seed=9), root / "val" / "images" / "a.png")
+
+
+def _bare_train(root: Path) -> None:
+    write_split(root / "val", images=1)
+    save(picture(seed=9), root / "train" / "images" / "a.png")
+
+
+STRUCTURES: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
+    "only val": (_only_val, {}, "there is no image that can be used"),
+    "a single image": (_one_image, {}, "all of which validation takes"),
+    "bare val": (_bare_val, {"unlabelled": "use"}, "no image of the validation split 'val' has masks"),
+    "bare train": (_bare_train, {"unlabelled": "drop"}, "no image of the training split 'train' has masks"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_splits_that_training_refuses_exit_2_though_every_file_is_sound(tmp_path: Path, name: str) -> None:
+    write, options, reason = STRUCTURES[name]
+    write(tmp_path / "data")
+    code, text, _ = _run(tmp_path / "data", **options)
+    assert code == 2
+    assert text.count(reason) == 1
+    assert "Training cannot start" in text
+    assert "can use all" not in text
+    settings = config(tmp_path / "data", **options)
+    with pytest.raises(DataError, match=reason):
+        (val_split if name == "bare val" else train_split)(settings, 0)
+
+
+def test_a_file_at_fault_is_not_blamed_on_the_splits_as_well(tmp_path: Path) -> None:
+    root = write_small(tmp_path / "data", val=1)
+    (root / "val" / "images" / "im000.png").write_bytes(b"x")
+    code, text, _ = _run(root)
+    assert code == 2
+    assert "1 file(s) stop training" in text
+    assert "no image" not in text
+
+
+def test_what_is_wrong_with_the_test_split_stops_no_training(tmp_path: Path) -> None:
+    root = write_small(tmp_path / "data")
+    save(picture(seed=8), root / "test" / "images" / "bare.png")
+    (root / "test" / "images" / "broken.png").write_bytes(b"x")
+    code, text, _ = _run(root)
+    assert code == 0
+    assert "bare.png" in text
+    assert "broken.png" in text
+    config(root).build_val(seed=0)
+
+
+def test_images_without_masks_may_be_left_out(tmp_path: Path) -> None:
+    root = write_small(tmp_path / "data")
+    save(picture(seed=8), root / "train" / "images" / "bare.png")
+    assert _run(root)[0] == 2
+    code, text, _ = _run(root, unlabelled="drop")
+    assert code == 0
+    assert "it is left out" in text
+    arguments = ["check-data", str(root), "--unlabelled", "drop", "--sheet", str(tmp_path / "cli.png")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+
+
+@pytest.mark.parametrize("size", ["0", "31", "-1"])
+def test_an_input_size_that_no_model_has(tmp_path: Path, size: str) -> None:
+    done = CliRunner().invoke(app, ["check-data", str(write_small(tmp_path / "data")), "--image-size", size])
+    assert done.exit_code == 2
+    assert "image-size" in done.output
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Val"])
+def test_a_split_under_another_name_is_said(tmp_path: Path, name: str) -> None:
+    root = write_small(tmp_path / "data")
+    (root / "val").rename(root / name)
+    code, text, _ = _run(root)
+    assert code == 0
+    assert f"{root / name}: is taken as the split 'val'" in text
+
+
+def test_folders_of_images_in_no_split_are_said(tmp_path: Path) -> None:
+    root = write_small(tmp_path / "data")
+    save(picture(seed=8), root / "more" / "deep" / "a.png")
+    save(picture(seed=8), root / ".cache" / "a.png")
+    (root / "notes").mkdir()
+    code, text, _ = _run(root)
+    assert code == 0
+    assert f"{root / 'more'}: holds images that belong to no split" in text
+    assert text.count("belong to no split") == 1
+
+
+def test_an_annotation_file_can_be_checked(tmp_path: Path) -> None:
+    save(picture(), tmp_path / "data" / "images" / "val2017" / "a.png")
+    file = tmp_path / "data" / "annotations" / "instances_val2017.json"
+    coco(file, [entry()], [annotation(uncompressed(DISCS[0]))])
+    code, text, _ = _run(file)
+    assert code == 0, text
 
 
 def test_brackets_in_names_are_no_markup(tmp_path: Path) -> None:

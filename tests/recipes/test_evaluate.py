@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from samlet.cli import app
 from samlet.errors import CheckpointError, DataError, SamletError
 from samlet.models import load_sam
 from samlet.recipes.evaluate import Named, evaluate, markdown, name_checkpoints, open_split
+from tests.data.builders import picture, save
+from tests.data.test_formats import DISCS, annotation, coco, entry, uncompressed
 from tests.tiny import STUDENT, write_scenes, write_teacher
 
 
@@ -64,6 +69,30 @@ def test_a_split_a_format_or_a_folder_that_is_not_there(scenes: Path, tmp_path: 
         open_split(scenes, "val", "voc")
     with pytest.raises(DataError, match="nowhere"):
         open_split(tmp_path / "nowhere", "val", "auto")
+
+
+def test_a_folder_without_images_is_named_itself(tmp_path: Path, scenes: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match=r"bare: there is no image"):
+        open_split(tmp_path / "bare", "val", "auto")
+    shutil.copytree(scenes / "val" / "image", tmp_path / "set" / "val")
+    with pytest.raises(DataError, match=r"val: no image of the validation split 'val' has masks"):
+        open_split(tmp_path / "set", "val", "auto")
+
+
+def test_the_other_names_of_a_split_and_an_annotation_file(tmp_path: Path, scenes: Path) -> None:
+    shutil.copytree(scenes / "val", tmp_path / "valid")
+    assert open_split(tmp_path, "val", "auto").image_ids == open_split(scenes, "val", "auto").image_ids
+    file = coco(tmp_path / "annotations" / "instances_val.json", [entry()], [annotation(uncompressed(DISCS[0]))])
+    save(picture(), tmp_path / "images" / "val2017" / "a.png")
+    assert open_split(file, "val", "auto").image_ids == ("a",)
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_no_image_is_no_evaluation(scenes: Path, count: str) -> None:
+    done = CliRunner().invoke(app, ["evaluate", "none.pt", str(scenes), "--max-images", count])
+    assert done.exit_code == 2
+    assert "max-images" in done.output
 
 
 def test_names_of_checkpoints(tmp_path: Path) -> None:

@@ -11,19 +11,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from samlet.data.formats import FormatName, exists, read_split
+from samlet.data.configs import DatasetConfig
+from samlet.data.formats import ALIASES, FormatName, as_split, exists, read_split, split_place
 from samlet.data.formats.instance_labels import LabelImage
-from samlet.data.images import probe_image, read_image, read_values
+from samlet.data.images import is_image_name, probe_image, read_image, read_values
 from samlet.data.masks import VOID, object_labels, single_channel
-from samlet.data.records import Found, MaskFiles, ObjectMasks, Problem, Record
+from samlet.data.records import Found, MaskFiles, ObjectMasks, Problem, Record, hidden
+from samlet.data.splits import Split, train_split, val_split
 from samlet.errors import DataError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
 
 SPLITS = ("train", "val", "test")
+_OF_MASKS = frozenset({"images", "image", "masks", "mask", "labels", "instances", "annotations", "sa1b"})
+_SPLIT_NAMES = frozenset((*SPLITS, *(alias for aliases in ALIASES.values() for alias in aliases)))
+_NO_MASKS = {
+    "refuse": "has no masks; only a teacher could supervise it (dataset.unlabelled: use)",
+    "use": "has no masks; only a teacher can supervise it",
+    "drop": "has no masks; it is left out",
+}
 USUAL_MODES = frozenset({"RGB", "L"})
 
+Unlabelled = Literal["refuse", "use", "drop"]
 Advance = Callable[[str, int, int], object]  # split, images done, images in all
 
 
@@ -61,6 +71,12 @@ class Report:
     splits: list[SplitReport]
     problems: list[Problem] = field(default_factory=list)  # of the data set as a whole
 
+    def note(self, path: str, reason: str) -> None:
+        """Add what stops training on the data set as a whole, once."""
+        problem = Problem(path, reason, "error")
+        if problem not in self.problems:
+            self.problems.append(problem)
+
     def all_problems(self) -> list[Problem]:
         """Everything that was noted, split by split."""
         return [*self.problems, *(problem for split in self.splits for problem in split.problems)]
@@ -81,7 +97,8 @@ class Report:
 def split_names(path: Path) -> tuple[Path, list[str | None]]:
     """A data set's root and its splits; a path without splits is one split itself."""
     if path.is_file():
-        return path.parent, [path.name]
+        root, name = as_split(path)
+        return root, [name]
     names: list[str | None] = [name for name in SPLITS if exists(path, name)]
     return path, names or [None]
 
@@ -92,10 +109,10 @@ def inspect(
     format: FormatName = "auto",
     image_size: int = 1024,
     min_area: int = 9,
-    unlabelled: Literal["refuse", "use"] = "refuse",
+    unlabelled: Unlabelled = "refuse",
     advance: Advance = lambda *_: None,
 ) -> Report:
-    """Read every image and mask of a data set once.
+    """Read every image and mask of a data set once, and try what training would make of it.
 
     Raises:
         DataError: there is no such folder, or its annotation file is not what it seems.
@@ -109,9 +126,56 @@ def inspect(
     ]
     report = Report(root, splits)
     _note_duplicates(report)
-    if names != [None] and len(names) == 1 and path.is_dir():
-        report.problems.append(Problem(str(root), f"has only the split '{names[0]}'", "warning"))
+    if path.is_dir():
+        _note_names(report)
+        _forgive_what_is_not_trained(report)
+        if path.resolve().name.casefold() not in _SPLIT_NAMES:
+            _try_training(report, DatasetConfig(root=root, format=format, unlabelled=unlabelled))
     return report
+
+
+def _note_names(report: Report) -> None:
+    """Splits under other names than they are asked for, and folders of images that belong to none."""
+    names = {split.name for split in report.splits} & set(SPLITS)
+    places = {name: split_place(report.root, name) for name in sorted(names)}
+    for name, place in places.items():
+        if place.name != name:
+            report.problems.append(Problem(str(place), f"is taken as the split '{name}'", "warning"))
+    if len(names) == 1:
+        report.problems.append(Problem(str(report.root), f"has only the split '{min(names)}'", "warning"))
+    if names:
+        used = {path for split in report.splits for record in split.records for path in record.image_path.parents}
+        for folder in sorted(set(report.root.iterdir()) - used - set(places.values())):
+            if folder.is_dir() and folder.name.casefold() not in _OF_MASKS and _holds_images(folder, report.root):
+                reason = "holds images that belong to no split; dataset.train and dataset.val can name it"
+                report.problems.append(Problem(str(folder), reason, "warning"))
+
+
+def _holds_images(folder: Path, root: Path) -> bool:
+    return any(is_image_name(path) and not hidden(path, root) for path in folder.rglob("*"))
+
+
+def _forgive_what_is_not_trained(report: Report) -> None:
+    """Training reads no split beside train and val: what is wrong there is only worth knowing."""
+    for split in report.splits:
+        if split.name == "test":
+            split.problems = [problem._replace(level="warning") for problem in split.problems]
+
+
+def _try_training(report: Report, config: DatasetConfig) -> None:
+    """Note why training or its validation would refuse the data set, where no file was named for it already."""
+    by_name = {split.name: split for split in report.splits}
+    whole = by_name.get("train", by_name.get("all"))
+    attempts: list[tuple[Callable[[DatasetConfig, int], Split], SplitReport | None]]
+    attempts = [(train_split, whole), (val_split, by_name.get("val", whole))]
+    for attempt, source in attempts:
+        if source is not None and any(problem.level == "error" for problem in source.problems):
+            continue
+        try:
+            attempt(config, 0)
+        except DataError as error:
+            place, _, reason = str(error).partition(": ")
+            report.note(place, reason)
 
 
 def _note_duplicates(report: Report) -> None:
@@ -125,9 +189,7 @@ def _note_duplicates(report: Report) -> None:
 class _Inspector:
     """One split on its way into a report."""
 
-    def __init__(
-        self, found: Found, name: str, image_size: int, min_area: int, unlabelled: Literal["refuse", "use"]
-    ) -> None:
+    def __init__(self, found: Found, name: str, image_size: int, min_area: int, unlabelled: Unlabelled) -> None:
         self.report = SplitReport(name, found.format, found.also_seen, len(found.records))
         self.report.problems, self.report.records = list(found.problems), list(found.records)
         self.report.image_size, self.report.min_area = image_size, min_area
@@ -146,7 +208,7 @@ class _Inspector:
         report, path = self.report, record.image_path
         if record.open_masks is None:
             level: Literal["error", "warning"] = "error" if self.unlabelled == "refuse" else "warning"
-            report.note(path, "has no masks; only a teacher could supervise it (dataset.unlabelled: use)", level)
+            report.note(path, _NO_MASKS[self.unlabelled], level)
         try:
             info, pixels = probe_image(path), read_image(path)
         except DataError as error:

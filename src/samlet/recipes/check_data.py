@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.table import Table
 from samlet.artefacts import write_file, write_json
 from samlet.data.contact_sheet import contact_sheet
 from samlet.data.formats import FormatName
-from samlet.data.inspection import Report, SplitReport, inspect
+from samlet.data.inspection import Report, SplitReport, Unlabelled, inspect
 from samlet.data.records import Problem
 
 _SHOWN = 10  # paths listed below one and the same remark; the JSON file holds them all
@@ -28,7 +27,7 @@ def check_data(
     sheet: Path | None = None,
     json: Path | None = None,
     image_size: int = 1024,
-    unlabelled: Literal["refuse", "use"] = "refuse",
+    unlabelled: Unlabelled = "refuse",
     console: Console | None = None,
 ) -> int:
     """Print a report on a data set and write its contact sheet; 2 if training would refuse it, else 0.
@@ -57,9 +56,7 @@ def check_data(
     return 2 if report.refused else 0
 
 
-def _inspect_with_progress(
-    path: Path, format: FormatName, image_size: int, unlabelled: Literal["refuse", "use"]
-) -> Report:
+def _inspect_with_progress(path: Path, format: FormatName, image_size: int, unlabelled: Unlabelled) -> Report:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         tasks = {}
@@ -85,12 +82,15 @@ def print_report(report: Report, console: Console) -> None:
     errors = [problem for problem in problems if problem.level == "error"]
     _print_grouped("Good to know", [problem for problem in problems if problem.level != "error"], "yellow", console)
     _print_grouped("Training refuses", errors, "red", console, cut=False)
-    if errors:
+    files = [problem for problem in errors if problem not in report.problems]
+    if files:
         console.print(
-            f"[bold red]{len(errors)} file(s) stop training[/]; mend them, "
+            f"[bold red]{len(files)} file(s) stop training[/]; mend them, "
             "or set dataset.broken to skip and have them counted.",
             soft_wrap=True,
         )
+    elif errors:
+        console.print("[bold red]Training cannot start[/] on these splits.")
     else:
         console.print("[bold green]Training can use all of it.[/]")
 
