@@ -199,3 +199,93 @@ def test_a_poisoned_hf_config_is_only_read(tmp_path: Path) -> None:
         save_sam_safetensors(small_sam(), tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"config\.json"):
             load_sam(tmp_path)
+
+
+def altered(changes: dict[str, Callable[[torch.Tensor], torch.Tensor]], kind: str = "vit_t") -> dict[str, torch.Tensor]:
+    state = dict(small_sam(kind).state_dict())
+    return {**state, **{name: change(state.get(name, torch.zeros(1))) for name, change in changes.items()}}
+
+
+TOKEN = "mask_decoder.iou_token.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("vit_t", {TOKEN: torch.Tensor.to_sparse}, "no plain tensor"),
+        ("vit_t", {TOKEN: lambda x: x.to(torch.complex64)}, "complex64 values"),
+        ("vit_t", {TOKEN: lambda x: x * float("nan")}, "NaN or infinite"),
+        ("vit_t", {TOKEN: lambda x: x.half() / 0}, "NaN or infinite"),
+        ("vit_t", {TOKEN: lambda x: x.to("meta")}, "no plain tensor"),
+        ("vit_t", {TOKEN: lambda x: x[:, :1].clone().expand(1, 256)}, "not stored in full"),
+        (
+            "vit_t",
+            {"image_encoder.patch_embed.seq.2.c.weight": lambda x: torch.zeros(1).expand(10**9, 8, 3, 3)},
+            "1000000000 x 8 x 3 x 3 is not stored in full",
+        ),
+        (
+            "vit_t",
+            {"image_encoder.layers.2.blocks.3000000.mlp.fc1.weight": torch.clone},
+            r"misses image_encoder\.layers\.2\.blocks\.2, but has image_encoder\.layers\.2\.blocks\.3000000$",
+        ),
+        ("vit_t", {"mask_decoder.transformer.layers.3000000.norm1.weight": torch.clone}, r"misses mask_decoder.*\.2,"),
+        ("vit_b", {"image_encoder.blocks.4.norm1.weight": torch.clone}, r"misses image_encoder\.blocks\.3"),
+        ("vit_b", {"image_encoder.pos_embed": lambda x: torch.zeros(1, 4, 8, 24)}, "1 x 4 x 8 x 24 is not square"),
+        ("vit_t", {"pixel_mean": lambda x: torch.zeros(7)}, "pixel_mean is"),
+    ],
+)
+def test_odd_tensors_are_named(
+    kind: str, changes: dict[str, Callable[[torch.Tensor], torch.Tensor]], told: str, tmp_path: Path
+) -> None:
+    torch.save(altered(changes, kind), tmp_path / "odd.pt")
+    refuse(tmp_path / "odd.pt", told)
+
+
+def test_missing_relative_positions_are_named_at_another_size(tmp_path: Path) -> None:
+    state = {name: value for name, value in small_sam("vit_b").state_dict().items() if "rel_pos_w" not in name}
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"it misses image_encoder\.blocks\.0\.attn\.rel_pos_w"):
+        load_sam(tmp_path / "odd.pt", image_size=128)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "told"),
+    [
+        ("vit_t", {"depths": [1, 1, 3_000_000, 1]}, "depths .* must be 1 to 128"),
+        ("vit_t", {"depths": [1] * 200}, "depths .* must be a list"),
+        ("vit_t", {"depths": [1, 1]}, "four stages"),
+        ("vit_t", {"depths": 3}, "depths 3: must be a list"),
+        ("vit_t", {"num_heads": [0, 0, 0, 0]}, "num_heads"),
+        ("vit_t", {"num_heads": 2}, "num_heads"),
+        ("vit_t", {"embed_dims": [8.5, 12, 16, 24]}, "whole numbers"),
+        ("vit_t", {"num_classes": -4}, "num_classes -4"),
+        ("vit_t", {"mlp_ratio": -1}, "mlp_ratio -1: must be above 0"),
+        ("vit_t", {"mlp_ratio": float("nan")}, "mlp_ratio nan"),
+        ("vit_t", {"mlp_ratio": "4"}, "mlp_ratio '4'"),
+        ("vit_t", {"decoder_mlp_dim": -1}, "decoder_mlp_dim -1"),
+        ("vit_t", {"decoder_depth": True}, "decoder_depth True"),
+        ("vit_t", {"kind": ["vit_t"]}, "there are vit_t"),
+        ("vit_t", {"kind": None}, "there are vit_t"),
+        ("vit_t", {"image_size": "64"}, "image_size '64'"),
+        ("vit_t", {"image_size": 32_000_000}, "image_size 32000000"),
+        ("vit_b", {"num_heads": 0}, "num_heads 0"),
+        ("vit_b", {"num_heads": [3]}, r"num_heads \[3\]"),
+        ("vit_b", {"window_size": -1}, "window_size -1"),
+        ("vit_b", {"global_attn_indexes": [3]}, r"global_attn_indexes \[3\]: there are 3 blocks"),
+        ("vit_b", {"global_attn_indexes": [-1]}, r"global_attn_indexes \[-1\]"),
+    ],
+)
+def test_hostile_sizes_are_refused_before_anything_is_built(
+    kind: str, sizes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    sam = small_sam(kind)
+    sam.arch.update(sizes)
+    save_sam_safetensors(sam, tmp_path / "odd.safetensors")
+    refuse(tmp_path / "odd.safetensors", told)
+
+
+def test_sizes_without_a_kind(tmp_path: Path) -> None:
+    sam = small_sam()
+    del sam.arch["kind"]
+    save_sam_safetensors(sam, tmp_path / "odd.safetensors")
+    refuse(tmp_path / "odd.safetensors", "there are vit_t")

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from samlet.errors import SamletError
-from samlet.models import ModelConfig, save_sam_upstream
+from samlet.models import ModelConfig, build_sam, save_sam_upstream
+from samlet.models.build import ENCODERS
+from samlet.models.configs import DEPTHS
 from tests.models.sizes import TINY, VIT, small_sam
 
 ENCODER = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
@@ -45,7 +47,12 @@ def test_build_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"image_size": 100}, {"image_size": 16}, {"kind": "vit_x"}, {"encoder": {"wdith": 3}}, {"ckpt": "x"}]
+    "values",
+    [
+        *[{"image_size": 100}, {"image_size": 16}, {"kind": "vit_x"}, {"encoder": {"wdith": 3}}, {"ckpt": "x"}],
+        *[{"encoder": {"embed_dims": [8, 16]}}, {"encoder": {"depths": [1, 0, 1, 1]}}],
+        *[{"encoder": {"window_sizes": []}}, {"encoder": {"global_attn_indexes": [-1]}}],
+    ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -64,6 +71,45 @@ def test_sizes_of_another_kind_are_mistakes() -> None:
     assert ("encoder", "embed_dim") in [path for path, _ in config(kind="vit_t", encoder=vit).mistakes()]
     assert not list(config(kind="vit_b", encoder=vit).mistakes())
     assert not list(config(encoder=ENCODER).mistakes())
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "said"),
+    [
+        ({"kind": "vit_b", "encoder": {"num_heads": 0}}, "num_heads", "1 or more"),
+        ({"kind": "vit_b", "encoder": {"embed_dim": 24, "num_heads": 5}}, "num_heads", "24 channels cannot be shared"),
+        ({"encoder": {"num_heads": [1, 2]}}, "num_heads", "a list of four"),
+        ({"encoder": {"num_heads": [1, 2, 0, 2]}}, "num_heads", "1 or more"),
+        ({"encoder": {"embed_dims": [7, 8, 8, 8], "num_heads": [2, 2, 2, 3]}}, "num_heads", "8 channels"),
+        ({"kind": "vit_b", "encoder": {"depth": 2, "global_attn_indexes": [7]}}, "global_attn_indexes", "2 blocks"),
+        ({"kind": "vit_l", "encoder": {"global_attn_indexes": [24]}}, "global_attn_indexes", "24 blocks"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_mistakes(values: dict[str, Any], field: str, said: str) -> None:
+    [(place, message)] = config(**values).mistakes()
+    assert place == ("encoder", field)
+    assert said in message
+
+
+def test_depths_are_those_of_the_models() -> None:
+    assert {kind: sizes["depth"] for kind, sizes in ENCODERS.items() if kind != "vit_t"} == DEPTHS
+
+
+def test_fewer_blocks_keep_the_global_ones_among_them() -> None:
+    assert build_sam("vit_b", 64, embed_dim=24, num_heads=3, depth=3).arch["global_attn_indexes"] == [2]
+
+
+def test_a_decoder_of_other_sizes_is_named_by_its_first_tensor(tmp_path: Path) -> None:
+    donors = {"mlp": small_sam(decoder_mlp_dim=32), "depth": small_sam(decoder_depth=3, decoder_mlp_dim=2048)}
+    for name, donor in donors.items():
+        save_sam_upstream(donor, tmp_path / f"{name}.pt")
+    told = {
+        "mlp": r"mask_decoder\.transformer\.layers\.0\.mlp\.lin1\.weight is \(32, 256\), the model's is \(2048, 256\)",
+        "depth": r"mask_decoder\.transformer\.layers\.2\.\S+ is \(.*\), the model's is none",
+    }
+    for name, message in told.items():
+        with pytest.raises(SamletError, match=rf"^\S+{name}\.pt: its decoder has other sizes: {message}$"):
+            config(decoder_checkpoint=str(tmp_path / f"{name}.pt"), image_size=64, encoder=ENCODER).build()
 
 
 def test_configs_import_no_torch() -> None:

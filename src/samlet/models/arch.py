@@ -40,9 +40,17 @@ def infer_arch(state: State) -> dict[str, Any]:
 
 
 def count(state: State, pattern: str) -> int:
-    """Members of a numbered list: one more than the highest number that `pattern`'s group finds."""
-    numbers = (re.match(pattern, name) for name in state)
-    return max((int(found[1]) + 1 for found in numbers if found), default=0)
+    """Members of a numbered list: how many numbers `pattern`'s group finds, which must be 0, 1, 2 and so on.
+
+    Raises:
+        CheckpointError: one of them is left out.
+    """
+    matches = (re.match(pattern, name) for name in state)
+    numbers = {int(found[1]) for found in matches if found}
+    if gaps := set(range(len(numbers))) - numbers:
+        stem = pattern.replace("\\", "").partition("(")[0]
+        raise CheckpointError(f"no whole SAM-1 model: misses {stem}{min(gaps)}, but has {stem}{max(numbers)}")
+    return len(numbers)
 
 
 def _infer_decoder(state: State) -> dict[str, Any]:

@@ -55,17 +55,35 @@ def load_sam(path: Path | str, image_size: int | None = None, **overrides: Any) 
         hf.check_config(file.parent)
         state = hf.to_upstream(state)
     try:
+        _check_tensors(state)
         _drop_pixel_buffers(state)
         arch = {**(infer_arch(state) if arch is None else arch), **overrides}
         if image_size is not None:
             arch["image_size"] = image_size
         with torch.device("meta"):
-            sam = build_sam(**arch)
+            sam = build_sam(**{"kind": None, **arch})
         _resample_positions(state, sam)
         _fill(sam, state)
-    except (SamletError, TypeError) as error:
+    except SamletError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: does not fit a SAM-1 model: {_first_line(error)}") from error
     return sam.eval()
+
+
+def copy_decoder(donor: Sam, sam: Sam) -> None:
+    """Give `sam` the donor's prompt encoder and mask decoder.
+
+    Raises:
+        CheckpointError: a tensor of the donor's has another shape, or there are more or fewer.
+    """
+    for part in ("prompt_encoder", "mask_decoder"):
+        ours, theirs = (dict(getattr(model, part).state_dict()) for model in (sam, donor))
+        for name in [*ours, *theirs]:
+            here, there = (tuple(state[name].shape) if name in state else "none" for state in (ours, theirs))
+            if here != there:
+                raise CheckpointError(f"its decoder has other sizes: {part}.{name} is {there}, the model's is {here}")
+        getattr(sam, part).load_state_dict(theirs)
 
 
 def save_sam_safetensors(sam: Sam, path: Path) -> None:
@@ -206,25 +224,51 @@ def digest_of(state: Mapping[str, Tensor], arch: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def _check_tensors(state: Mapping[str, Tensor]) -> None:
+    """Every tensor is plain memory with finite real numbers."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise CheckpointError(f"{name} is no plain tensor (sparse, quantized or without data); save it densely")
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise CheckpointError(f"{name} holds {tensor.dtype} values; SAM's weights are real numbers")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise CheckpointError(f"{name} of shape {_sides(tensor)} is not stored in full; save it contiguously")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds NaN or infinite values; the model that was saved had diverged")
+
+
+def _sides(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
 def _drop_pixel_buffers(state: dict[str, Tensor]) -> None:
     """Upstream computes them; some tools save them. They are constants."""
     for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
         found = state.pop(name, None)
-        if found is not None and not torch.allclose(found.flatten().float(), torch.tensor(value), atol=1e-3):
-            raise CheckpointError(f"{name} is {found.flatten().tolist()}; SAM's preprocessing has {value}")
+        expected = torch.tensor(value)
+        if found is None:
+            continue
+        if found.numel() != 3 or not torch.allclose(found.flatten().float(), expected, atol=1e-3):
+            raise CheckpointError(f"{name} is {found.flatten()[:3].tolist()}; SAM's preprocessing has {value}")
 
 
 def _resample_positions(state: dict[str, Tensor], sam: Sam) -> None:
     """Bring a ViT's positional tables to the model's input size."""
     table = state.get("image_encoder.pos_embed")
     grid = sam.image_size // PATCH
-    if table is None or sam.kind == "vit_t" or table.ndim != 4 or table.shape[1] == grid:
+    if table is None or sam.kind == "vit_t" or table.ndim != 4:
+        return
+    if table.shape[1] != table.shape[2]:
+        raise CheckpointError(f"image_encoder.pos_embed of shape {_sides(table)} is not square; SAM's input is")
+    if table.shape[1] == grid:
         return
     maps = F.interpolate(table.float().permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False)
     state["image_encoder.pos_embed"] = maps.permute(0, 2, 3, 1)
     for index in sam.arch["global_attn_indexes"]:
         for axis in "hw":
             name = f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
+            if name not in state or state[name].ndim != 2:
+                continue  # which is told with all that does not fit
             rows = state[name].float().T[None]
             state[name] = F.interpolate(rows, 2 * grid - 1, mode="linear", align_corners=False)[0].T
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 
 Kind = Literal["vit_t", "vit_b", "vit_l", "vit_h"]
 VIT_T_ONLY = ("embed_dims", "depths", "window_sizes", "num_classes")
+DEPTHS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}
+Positive = Annotated[int, Field(ge=1)]
+Four = Annotated[list[Positive], Field(min_length=4, max_length=4)]
 VIT_ONLY = ("embed_dim", "depth", "global_attn_indexes", "window_size")
 
 
 class EncoderConfig(StrictModel):
     """Sizes that differ from those of the kind; what is left out stays as published."""
 
-    embed_dims: list[int] | None = None
+    embed_dims: Four | None = None
     """vit_t: channels of the four stages."""
-    depths: list[int] | None = None
+    depths: Four | None = None
     """vit_t: blocks in each of the four stages."""
-    window_sizes: list[int] | None = None
+    window_sizes: Four | None = None
     """vit_t: side of the attention windows of each stage, in tokens."""
     num_classes: int | None = Field(None, ge=0)
     """vit_t: width of the unused classifier, which loaders of mobile_sam.pt expect to be 1000."""
@@ -32,7 +35,7 @@ class EncoderConfig(StrictModel):
     """vit_b, vit_l, vit_h: channels of all blocks."""
     depth: int | None = Field(None, ge=1)
     """vit_b, vit_l, vit_h: number of blocks."""
-    global_attn_indexes: list[int] | None = None
+    global_attn_indexes: list[Annotated[int, Field(ge=0)]] | None = None
     """vit_b, vit_l, vit_h: blocks that attend to the whole image."""
     window_size: int | None = Field(None, ge=1)
     """vit_b, vit_l, vit_h: side of the attention windows of the other blocks, in tokens."""
@@ -64,9 +67,27 @@ class ModelConfig(StrictModel):
         for name in foreign:
             if getattr(self.encoder, name) is not None:
                 yield ("encoder", name), f"{self.kind} has no such size"
-        heads = self.encoder.num_heads
-        if heads is not None and isinstance(heads, list) != (self.kind == "vit_t"):
-            yield ("encoder", "num_heads"), "must be a list of four for vit_t, one number for the others"
+        yield from self._misfit_heads()
+        depth = self.encoder.depth or DEPTHS.get(self.kind, 0)
+        indexes = self.encoder.global_attn_indexes
+        if self.kind != "vit_t" and indexes and max(indexes) >= depth:
+            yield ("encoder", "global_attn_indexes"), f"there are {depth} blocks, numbered from 0"
+
+    def _misfit_heads(self) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        heads, place = self.encoder.num_heads, ("encoder", "num_heads")
+        if heads is None:
+            return
+        each = heads if isinstance(heads, list) else [heads]
+        if isinstance(heads, list) != (self.kind == "vit_t") or len(each) != (4 if self.kind == "vit_t" else 1):
+            yield place, "must be a list of four for vit_t, one number for the others"
+        elif min(each) < 1:
+            yield place, "must be 1 or more"
+        else:
+            widths = (self.encoder.embed_dims or each) if self.kind == "vit_t" else [self.encoder.embed_dim or each[0]]
+            for number, (width, count) in enumerate(zip(widths, each, strict=True)):
+                # vit_t's first stage is convolutional: its heads are a number without effect.
+                if width % count and not (self.kind == "vit_t" and number == 0):
+                    yield place, f"{width} channels cannot be shared by {count} heads"
 
     def build(self) -> Sam:
         """The model with the checkpoint's weights, or fresh ones from torch's global generator; on the CPU.
@@ -76,7 +97,7 @@ class ModelConfig(StrictModel):
         """
         from samlet.errors import CheckpointError
         from samlet.models.build import build_sam
-        from samlet.models.checkpoints import load_sam
+        from samlet.models.checkpoints import copy_decoder, load_sam
         from samlet.models.norms import freeze_batch_norm
 
         sizes = self.encoder.model_dump(exclude_none=True)
@@ -89,9 +110,8 @@ class ModelConfig(StrictModel):
         if self.decoder_checkpoint is not None:
             donor = load_sam(self.decoder_checkpoint, self.image_size)
             try:
-                sam.prompt_encoder.load_state_dict(donor.prompt_encoder.state_dict())
-                sam.mask_decoder.load_state_dict(donor.mask_decoder.state_dict())
-            except RuntimeError as error:
-                raise CheckpointError(f"{self.decoder_checkpoint}: its decoder has other sizes: {error}") from error
+                copy_decoder(donor, sam)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.decoder_checkpoint}: {error}") from error
         freeze_batch_norm(sam, self.batch_norm != "train")
         return sam
