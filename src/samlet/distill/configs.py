@@ -43,7 +43,7 @@ class DistillationConfig(StrictModel):
     encoder_patch: EncoderPatchConfig = EncoderPatchConfig()
     """Patch tokens of the image encoder."""
     prompt_embed: PromptEmbedConfig = PromptEmbedConfig(enable=False)
-    """The image stream inside the mask decoder, once it has met the prompt."""
+    """The image stream inside the mask decoder, before (layer: 0) or after it has met the prompt."""
     decoder_mask_token: DecoderMaskTokenConfig = DecoderMaskTokenConfig(enable=False)
     """The decoder's four mask tokens."""
     dense_mask_logits: DenseMaskLogitsConfig = DenseMaskLogitsConfig()
