@@ -16,7 +16,7 @@ DANGEROUS = {
     "eval or exec": r"(?<![\w.])(eval|exec)\(",
     "os.system": r"\bos\.system\(",
     "shell=True": r"shell\s*=\s*True",
-    "broad except": r"except\s*(Exception|BaseException)?\s*:",
+    "broad except": r"except\s*(\(?[^:]*\b(Base)?Exception\b|:)",
     "register_forward_hook": r"register_forward_(pre_)?hook",
 }
 
@@ -32,6 +32,18 @@ def test_the_source_does_without(name: str) -> None:
         if re.search(DANGEROUS[name], line)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *["except:", "except Exception:", "except Exception as error:", "except (OSError, BaseException):"],
+        *["except* Exception as group:"],
+    ],
+)
+def test_what_a_broad_except_looks_like(line: str) -> None:
+    assert re.search(DANGEROUS["broad except"], line)
+    assert not re.search(DANGEROUS["broad except"], "except (OSError, MyException) as error:")
 
 
 def test_every_torch_load_is_weights_only() -> None:
