@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,19 @@ def test_what_is_wrong_with_the_test_split_stops_no_training(tmp_path: Path) -> 
     assert "bare.png" in text
     assert "broken.png" in text
     config(root).build_val(seed=0)
+
+
+def test_a_damaged_test_json_stops_no_training(tmp_path: Path) -> None:
+    root = write_small(tmp_path / "data")
+    save(picture(seed=8), root / "test" / "a.png")
+    (root / "test.json").write_text('{"images": [')
+    code, text, _ = _run(root)
+    assert code == 0
+    assert f"{root / 'test.json'}: is not JSON" in text
+    for split in ("train", "val"):
+        shutil.rmtree(root / split)
+    with pytest.raises(DataError, match=r"test\.json: is not JSON"):
+        _run(root)
 
 
 def test_images_without_masks_may_be_left_out(tmp_path: Path) -> None:

@@ -120,11 +120,17 @@ def inspect(
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
     root, names = split_names(path)
-    splits = [
-        _Inspector(read_split(root, name, format), name or "all", image_size, min_area, unlabelled).run(advance)
-        for name in names
-    ]
-    report = Report(root, splits)
+    report = Report(root, [])
+    for name in names:
+        try:
+            found = read_split(root, name, format)
+        except DataError as error:
+            if name != "test" or len(names) == 1:
+                raise
+            place, _, reason = str(error).partition(": ")
+            report.problems.append(Problem(place, reason, "warning"))  # training does not read it
+            continue
+        report.splits.append(_Inspector(found, name or "all", image_size, min_area, unlabelled).run(advance))
     _note_duplicates(report)
     if path.is_dir():
         _note_names(report)
