@@ -3,7 +3,7 @@
     python crash_harness.py SCENES OUT KILLS BUG CONFIG_BLOCKS
 
 A parent that has imported everything forks a child for each start, so that a kill costs milliseconds. BUG plants a
-mistake that the comparison must notice: `naive_save` (files written in place, nothing vouches for them),
+mistake that the comparison must notice: `naive_save` (files written in place, vouched for as they come),
 `forgotten_sampler` (every start begins the epoch again), `kept_rows` (metrics.jsonl is not cut back); `none`: none.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 torch.set_num_threads(1)  # threads do not survive a fork
 
-from samlet.artefacts import MANIFEST  # noqa: E402
+from samlet.artefacts import MANIFEST, sha256_of  # noqa: E402
 from samlet.config import RunConfig  # noqa: E402
 from samlet.data.sampler import StepSampler  # noqa: E402
 from samlet.engine import checkpoint, run_dir  # noqa: E402
@@ -33,17 +33,29 @@ from tests.tiny import tiny_config  # noqa: E402
 
 
 def plant_naive_save() -> None:
-    """Write checkpoints where they belong, file by file, and be killed once in between."""
+    """Write checkpoints where they belong, file by file and slowly, vouching for whatever is there so far."""
+
+    def vouch(folder: Path, **facts: Any) -> None:
+        names = [place for place in folder.iterdir() if place.name != MANIFEST]
+        files = {place.name: {"sha256": sha256_of(place), "bytes": place.stat().st_size} for place in names}
+        (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}))
+
+    def slowly(write: Callable[[Any, Path], object]) -> Callable[[Any, Path], None]:
+        def written(content: Any, place: Path) -> None:
+            vouch(place.parent)
+            time.sleep(0.05)
+            write(content, place)
+
+        return written
 
     def write_in_place(path: Path, fill: Callable[[Path], object], **facts: Any) -> None:
         path.mkdir(parents=True, exist_ok=True)
         fill(path)
-        (path / MANIFEST).write_text(json.dumps({**facts, "files": {}}))
+        vouch(path, **facts)
 
-    def die_half_way(student: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-        raise SystemExit(137)
-
-    vars(checkpoint).update(write_directory=write_in_place, _optimizer_tensors=die_half_way)
+    names = ("save_file", "save_sam_safetensors")
+    slow = {name: slowly(vars(checkpoint)[name]) for name in names}
+    vars(checkpoint).update(slow, write_directory=write_in_place)
 
 
 def plant_forgotten_sampler() -> None:
@@ -90,22 +102,34 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def under_fire(config: RunConfig, kills: int, bug: str, longest: float, moments: random.Random) -> int:
-    """Start until the run ends, killing up to `kills` starts at random moments; the number of kills that hit."""
+def await_a_save(child: int, folder: Path) -> None:
+    """Until a checkpoint comes or goes, or the child has ended."""
+    before = sorted(folder.glob("step-*"))
+    while sorted(folder.glob("step-*")) == before:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.002)
+
+
+def under_fire(config: RunConfig, kills: int, bug: str, longest: float, moments: random.Random) -> tuple[int, int]:
+    """Start until the run ends, killing up to `kills` starts at random moments; how many kills hit, the last exit code.
+
+    A start that fails by itself is the end too: nobody asks a broken run again.
+    """
     hits = 0
-    if bug == "naive_save":
-        finish(start(config, bug))
-        bug = "none"
     while True:
         child = start(config, bug)
         if hits < kills:
-            time.sleep(moments.uniform(0.02, longest))
+            if hits % 2 == 0:  # every other one gets somewhere, however slow the machine is
+                await_a_save(child, config.output_dir / "checkpoints")
+                time.sleep(moments.uniform(0, longest / 8))
+            else:
+                time.sleep(moments.uniform(0.02, longest))
             os.kill(child, signal.SIGKILL)
         code = finish(child)
-        if code == -signal.SIGKILL:
-            hits += 1
-        elif code == 0 or hits >= kills:
-            return hits
+        if code != -signal.SIGKILL:
+            return hits, code
+        hits += 1
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -132,10 +156,12 @@ def main() -> None:
     moments, hits, differing = random.Random(0), 0, list[str]()
     for number in range(20):
         stormy = tiny_config(Path(scenes), Path(out) / f"stormy{number}", **json.loads(blocks))
-        hits += under_fire(stormy, int(kills) - hits, bug, longest, moments)
+        hit, code = under_fire(stormy, int(kills) - hits, bug, longest, moments)
+        hits += hit
         found = digests(stormy.output_dir)
+        differing += [f"exit code {code}"] if code else []
         differing += sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        if hits >= int(kills):
+        if hits >= int(kills) or differing:
             break
     sys.stdout.write(json.dumps({"hits": hits, "files": len(expected), "differing": differing}) + "\n")
 

@@ -70,5 +70,6 @@ def test_kills_change_nothing_with_teacher_bf16_and_accumulation(scenes: Path, t
 
 @pytest.mark.parametrize("bug", ["naive_save", "forgotten_sampler", "kept_rows"])
 def test_the_harness_notices_a_planted_bug(scenes: Path, tmp_path: Path, bug: str) -> None:
-    result = storm(scenes, tmp_path, 4, bug=bug, **SAVES, training={"epochs": 4})
+    result = storm(scenes, tmp_path, 8, bug=bug, **SAVES, training={"epochs": 4})
+    assert result["hits"] >= 1
     assert result["differing"]
