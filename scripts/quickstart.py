@@ -47,8 +47,8 @@ def main() -> int:
     console, began = Console(), time.monotonic()
     scenes = ROOT / "scenes"
     if not (scenes / "val").exists():
-        console.print("[bold]drawing[/] 240 scenes for training and 40 for validation")
-        write_dataset(scenes, num_train=240, num_val=40, image_size=128, seed=0)
+        console.print("[bold]drawing[/] 120 scenes for training and 40 for validation")
+        write_dataset(scenes, num_train=120, num_val=40, image_size=128, seed=0)
     rows: dict[str, Row] = {}
     for name, (file, overrides) in RUNS.items():
         console.rule(f"[bold]{name}")
@@ -68,6 +68,7 @@ class Row(NamedTuple):
     point: float
     box: float
     parameters: float
+    encoder_parameters: float
     milliseconds: float
     folder: str
 
@@ -87,7 +88,8 @@ def measure(config: RunConfig) -> Row:
     return Row(
         point=100 * scores["point_miou"],
         box=100 * scores["box_miou"],
-        parameters=sum(parameter.numel() for parameter in sam.image_encoder.parameters()) / 1e6,
+        parameters=sum(parameter.numel() for parameter in sam.parameters()) / 1e6,
+        encoder_parameters=sum(parameter.numel() for parameter in sam.image_encoder.parameters()) / 1e6,
         milliseconds=sorted(times)[len(times) // 2] * 1e3,
         folder=str(config.output_dir),
     )
@@ -96,10 +98,11 @@ def measure(config: RunConfig) -> Row:
 def show(rows: dict[str, Row], console: Console) -> None:
     """The table, and where to look further."""
     table = Table(title="mIoU on 40 validation scenes (%)", title_justify="left")
-    for heading in ("model", "centre point", "box", "encoder, M parameters", "ms per image"):
+    for heading in ("model", "centre point", "box", "parameters, M (encoder)", "ms per image"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, row in rows.items():
-        table.add_row(name, f"{row.point:.1f}", f"{row.box:.1f}", f"{row.parameters:.2f}", f"{row.milliseconds:.1f}")
+        size = f"{row.parameters:.1f} ({row.encoder_parameters:.2f})"
+        table.add_row(name, f"{row.point:.1f}", f"{row.box:.1f}", size, f"{row.milliseconds:.1f}")
     console.print(table)
     for row in rows.values():
         console.print(f"{row.folder}/  overlays/  curves.png  student.safetensors  mobile_sam.pt", highlight=False)
