@@ -37,3 +37,9 @@ def listen_for_stop() -> Iterator[StopRequest]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the run has saved; they end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,7 +7,6 @@ configuration it goes on where it stopped, to the same weights as if it had neve
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from samlet.engine.processes import agreed, gather_random_states, gathered, rest
 from samlet.engine.progress import StepProgress
 from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
-from samlet.engine.signals import StopRequest, listen_for_stop
+from samlet.engine.signals import StopRequest, leave_signals_to_the_run, listen_for_stop
 from samlet.engine.step import Counts, TrainStep, count_images
 from samlet.engine.validation import draw_overlays, validate
 from samlet.errors import DataError, SamletError
@@ -380,12 +379,6 @@ def load_batches(run: Run) -> Iterator[Batch]:
         yield from loader
     except DataError as error:  # from a worker process it comes with that process's whole traceback as text
         raise DataError(str(error).rsplit("samlet.errors.DataError: ", 1)[-1].strip()) from None
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole process group must not end the workers before the run has saved; they end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch: Batch, run: Run) -> Batch:
