@@ -88,7 +88,7 @@ class DatasetConfig(StrictModel):
     train: str = "train"
     """The training split: a folder or annotation file below root; where absent, root itself is one split."""
     val: str = "val"
-    """The validation split; where absent, val_fraction of the training split is kept for it."""
+    """The validation split (valid and validation stand in for val); where absent, val_fraction is held out for it."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images kept for validation where there is no such split; chosen by seed and image id."""
     format: FormatName = "auto"

@@ -53,7 +53,7 @@ class TrainingConfig(StrictModel):
     channels_last: bool = True
     """Lay images out channels-last, which the student's convolutions prefer."""
     compile: bool = False
-    """Compile the training step with torch.compile; pays on a GPU."""
+    """Compile the image encoders of student and teachers with torch.compile; meant for a GPU."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """What no single field can see."""

@@ -1,6 +1,6 @@
 """The training step: the one module that holds everything that needs gradients.
 
-It alone is wrapped for several processes and compiled, and only its `forward` is called: another method of a
+It alone is wrapped for several processes, and only its `forward` is called: another method of a
 wrapped module would skip autocast and the gradients' exchange in silence.
 """
 
