@@ -3,9 +3,9 @@
     python benchmarks/distillation.py --data DATA --sets nuclei_bbbc038 facades --seeds 0 1 2
 
 For each data set below DATA: a teacher trained on all labels (configs/distillation_teacher.yaml), then for each seed
-a student with a third of its encoder (configs/distillation_student.yaml), distilled and alone: same start, same number of
-steps, same labelled tenth of the images. The student alone sees that tenth; the distilled one also what its teacher
-says of the other images. The last checkpoint counts. Stopped at any moment, the same command goes on.
+a student with a third of its encoder (configs/distillation_student.yaml), distilled and alone: same start, same
+number of steps, same labelled tenth of the images. The student alone sees that tenth; the distilled one also what its
+teacher says of the other images. The last checkpoint counts. Stopped at any moment, the same command goes on.
 """
 
 from __future__ import annotations
