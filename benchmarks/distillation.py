@@ -1,6 +1,6 @@
 """Does distillation teach? The same student with and without it, on real images, over several seeds.
 
-    python benchmarks/distillation.py --data DATA --sets nuclei_bbbc038 facades --seeds 0 1 2
+    python benchmarks/distillation.py --data DATA --sets potholes nuclei_bbbc038 --seeds 0 1 2
 
 For each data set below DATA: a teacher trained on all labels (configs/distillation_teacher.yaml), then for each seed
 a student with a third of its encoder (configs/distillation_student.yaml), distilled and alone: same start, same
@@ -101,7 +101,7 @@ def main() -> None:
     """Run everything that has not been run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--sets", nargs="+", default=["nuclei_bbbc038", "facades"])
+    parser.add_argument("--sets", nargs="+", default=["potholes", "nuclei_bbbc038"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
