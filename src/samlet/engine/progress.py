@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -53,6 +54,29 @@ class StepProgress:
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def image_bar() -> Progress:
+    """A bar over images with an ETA, one task for each thing that is measured; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def shown_terms(row: Mapping[str, float | int | str]) -> str:
+    """Loss and terms for the progress bar, each raw and, in brackets, as it enters the loss."""
+    names = [name for name in row if f"{name}/weighted" in row]
+    terms = [f"{name.partition('/')[2]} {row[name]:.3g} ({row[f'{name}/weighted']:.3g})" for name in names]
+    return "  ".join([f"loss {row['loss']:.4g}", *terms]) if row else "step left out"
 
 
 def _clock(seconds: float) -> str:

@@ -10,14 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,12 +25,14 @@ from samlet.distill.configs import normalized_weights
 from samlet.distill.objectives import build_objectives
 from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
 from samlet.engine.audit import audit_gradients
-from samlet.engine.checkpoint import TrainerState, load_checkpoint, newest_valid, save_checkpoint
+from samlet.engine.checkpoint import TrainerState, save_checkpoint
 from samlet.engine.curves import plot_curves
+from samlet.engine.device import build_accelerator, place, to_device
 from samlet.engine.facts import facts_of_end, facts_of_start, refuse_other_config
 from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable
-from samlet.engine.processes import agreed, gather_random_states, gathered, restore_random_state, total
-from samlet.engine.progress import StepProgress
+from samlet.engine.processes import agreed, gather_random_states, gathered, total
+from samlet.engine.progress import StepProgress, shown_terms
+from samlet.engine.resume import resume
 from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
 from samlet.engine.signals import StopRequest, leave_signals_to_the_run, listen_for_stop
@@ -88,7 +87,7 @@ def train(config: RunConfig) -> int:
     Raises:
         SamletError: something it was given cannot be used; nothing that was written before is lost.
     """
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config.training)
     folder = RunDir(config.output_dir)
     alone = folder.locked() if accelerator.is_main_process else nullcontext()
     with alone, listen_for_stop() as stop:
@@ -103,23 +102,6 @@ def train(config: RunConfig) -> int:
         finally:
             folder.close()
     return 0 if run.state.finished else stop.exit_code
-
-
-def build_accelerator(config: RunConfig) -> Accelerator:
-    """Device, precision and processes, as the configuration and the launcher say."""
-    training = config.training
-    cuda = torch.cuda.is_available()
-    if training.device == "cuda" and not cuda:
-        raise SamletError("training.device: 'cuda' was asked for, and there is no CUDA GPU here; set it to auto")
-    if training.precision == "fp16" and not (cuda and training.device != "cpu"):
-        raise SamletError("training.precision: fp16 needs a CUDA GPU; take fp32 or bf16 here")
-    AcceleratorState._reset_state()  # a process may train twice, with another precision the second time
-    return Accelerator(
-        cpu=training.device == "cpu" or not cuda,
-        mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
-        # Which weights a step uses depends on its prompts, and TinyViT's classifier is never used.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
 
 
 def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
@@ -142,8 +124,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
         weight_decay=config.training.weight_decay,
         betas=config.training.betas,
     )
-    place(step, accelerator.device, config)
-    state = resume(config, accelerator, folder, student, optimizer)
+    place(step, accelerator.device, config.training)
+    state = resume(config.resume, accelerator, folder, student, optimizer)
     if config.training.compile:
         student.image_encoder.compile()
     run = Run(
@@ -173,7 +155,7 @@ def calibrate(run: Run) -> None:
     samples = [run.train_set[SampleKey(0, int(index))] for index in order]
     size = max(len(samples) // BATCHES_TO_CALIBRATE, 1)
     batches = (collate(samples[start : start + size]) for start in range(0, len(samples), size))
-    calibrate_batch_norm(run.student, (to_device(batch, run).pixels for batch in batches))
+    calibrate_batch_norm(run.student, (on_device(batch, run).pixels for batch in batches))
 
 
 def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> TeacherTeam | None:
@@ -184,42 +166,11 @@ def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> Teac
     teachers = []
     for teacher in config.teachers:
         sam = load_sam(teacher.checkpoint, image_size=config.model.image_size)
-        place(sam, device, config)
+        place(sam, device, config.training)
         if config.training.compile:
             sam.image_encoder.compile()
         teachers.append(LiveTeacher(teacher.name, sam, config.model.image_size, encoder_taps, step.decoder_taps))
     return TeacherTeam(teachers, normalized_weights(config.teachers))
-
-
-def resume(
-    config: RunConfig, accelerator: Accelerator, folder: RunDir, student: Sam, optimizer: torch.optim.Optimizer
-) -> TrainerState:
-    """Fill everything from the checkpoint that `resume` asks for; a fresh state where there is none."""
-    place: Path | None = config.resume if isinstance(config.resume, Path) else None
-    if config.resume == "never" and folder.config.exists():
-        raise SamletError(f"{folder.path}: holds a run already, and resume is 'never'; choose another output_dir")
-    if config.resume == "auto":
-        place, complaints = newest_valid(folder.checkpoints)
-        for complaint in complaints:
-            accelerator.print(f"skipped: {complaint}")
-        if place is None and complaints:
-            raise SamletError(f"{folder.checkpoints}: no checkpoint is whole; delete {folder.path} to start anew")
-    if place is None:
-        if accelerator.is_main_process:
-            folder.begins_anew()
-        return TrainerState()
-    own = place.resolve().parent == folder.checkpoints.resolve()
-    state, random_states, scaler = load_checkpoint(place, student, optimizer)
-    restore_random_state(random_states, accelerator)
-    if scaler and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler)
-    if accelerator.is_main_process and own:
-        folder.continues_at(state.metrics_bytes)
-        folder.drop_checkpoints_after(place)
-    elif accelerator.is_main_process:
-        folder.begins_anew()
-    accelerator.print(f"resumed from {place}, step {state.step}")
-    return state
 
 
 def wrap(run: Run) -> None:
@@ -294,9 +245,8 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
     for number, batch in enumerate(window, start=1):
         last = number == len(window)
         with nullcontext() if last else accelerator.no_sync(run.wrapped):
-            on_device = to_device(batch, run)
-            lessons = teach(run, on_device)
-            loss, terms = run.wrapped(on_device, lessons, counts)
+            batch = on_device(batch, run)  # noqa: PLW2901
+            loss, terms = run.wrapped(batch, teach(run, batch), counts)
             # The processes' gradients are averaged, while every process holds its share of one sum.
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in terms.raw.items():
@@ -350,7 +300,7 @@ def all_finite(run: Run, values: Mapping[str, float], norm: float, window: Seque
 def audit(run: Run, batch: Batch) -> None:
     """Refuse terms that teach nothing; in eval mode, so that BatchNorm does not count this batch twice."""
     run.step.eval()
-    batch = to_device(batch, run)
+    batch = on_device(batch, run)
     _, terms = run.step(batch, teach(run, batch), Counts(*map(float, count_images([batch]))))
     audit_gradients(terms, run.step)
     enter_training_mode(run, run.epoch_after(run.state.step))
@@ -381,10 +331,9 @@ def load_batches(run: Run) -> Iterator[Batch]:
         raise DataError(str(error).rsplit("samlet.errors.DataError: ", 1)[-1].strip()) from None
 
 
-def to_device(batch: Batch, run: Run) -> Batch:
-    """A batch on the run's device, images in the run's memory layout."""
-    moved: Batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
-    return moved._replace(pixels=moved.pixels.contiguous(memory_format=_memory_format(run.config)))
+def on_device(batch: Batch, run: Run) -> Batch:
+    """A batch where the run computes."""
+    return to_device(batch, run.accelerator.device, run.config.training)
 
 
 def report_skipped(run: Run, window: Sequence[Batch], progress: StepProgress) -> None:
@@ -468,28 +417,6 @@ def finish(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def shown_terms(row: Mapping[str, float | int | str]) -> str:
-    """Loss and terms for the progress bar, each raw and, in brackets, as it enters the loss."""
-    terms = [f"{name.partition('/')[2]} {row[name]:.3g} ({row[f'{name}/weighted']:.3g})" for name in _terms(row)]
-    return "  ".join([f"loss {row['loss']:.4g}", *terms]) if row else "step left out"
-
-
-def _terms(row: Mapping[str, float | int | str]) -> list[str]:
-    return [name for name in row if f"{name}/weighted" in row]
-
-
-def place(module: nn.Module, device: torch.device, config: RunConfig) -> None:
-    """Move a module to the device, its convolutions in the run's memory layout."""
-    module.to(device)
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=_memory_format(config))
-
-
 def plain_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON values, every default filled in."""
     return config.model_dump(mode="json", by_alias=True)
-
-
-def _memory_format(config: RunConfig) -> torch.memory_format:
-    return torch.channels_last if config.training.channels_last else torch.contiguous_format
