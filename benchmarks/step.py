@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Training:
         self.optimizer = build_optimizer(student, learning_rate=1e-5, weight_decay=0.01, betas=(0.9, 0.999))
         self.step.to(bench.device)
         teacher = build(options.teacher, image_size, options.tiny).to(bench.device)
-        self.team = TeacherTeam([LiveTeacher("teacher", teacher, image_size, (), self.step.decoder_taps)], [1.0])
+        self.team = TeacherTeam([LiveTeacher("teacher", teacher, (), self.step.decoder_taps)], [1.0])
         self.teacher = teacher
         if options.compile:
             student.image_encoder.compile()
@@ -66,7 +67,7 @@ class Training:
         self.marks.append((part, self.bench.now()))
 
     def _watch(self, student: Sam) -> None:
-        encode, decode = student.encode, student.decode
+        encode, decode, ask = student.encode, student.decode, self.teacher.decode
 
         def watched_encode(*args: Any, **kwargs: Any) -> ImageFeatures:
             features = encode(*args, **kwargs)
@@ -81,6 +82,12 @@ class Training:
                 output.low_res_logits.register_hook(lambda _: self.mark("loss backward"))  # type: ignore[no-untyped-call]
             return output
 
+        def watched_teacher(*args: Any, **kwargs: Any) -> MaskOutput:
+            output = ask(*args, **kwargs)
+            self.mark("teacher")
+            return output
+
+        self.teacher.decode = watched_teacher  # type: ignore[method-assign]
         student.encode = watched_encode  # type: ignore[method-assign]
         student.decode = watched_decode  # type: ignore[method-assign]
 
@@ -108,8 +115,10 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.step.student.parameters(), 1.0)
         self.optimizer.step()
         self.mark("optimizer")
-        times = [moment for _, moment in self.marks]
-        return {part: end - begin for (part, _), begin, end in zip(self.marks[1:], times, times[1:], strict=False)}
+        spent: dict[str, float] = {}
+        for (_, begin), (part, end) in pairwise(self.marks):
+            spent[part] = spent.get(part, 0.0) + end - begin
+        return spent
 
 
 def dataset(scenes: Path, image_size: int, objects: int) -> SegmentationDataset:

@@ -69,10 +69,12 @@ class Batch(NamedTuple):
     labelled: Bool[Tensor, "P"]
     image_ids: tuple[str, ...]
     skipped: tuple[str, ...] = ()  # of all its samples
+    draw: int = 0  # names what is drawn while it is learnt from: the same for all micro-batches of one optimizer step
 
 
 class Terms(NamedTuple):
-    """The terms of one loss by name: `raw` as measured, `weighted` as they enter the sum."""
+    """The terms of one loss by name: `raw` as measured, `weighted` as they enter the sum; `seen` is measured only."""
 
     raw: dict[str, Float[Tensor, ""]]
     weighted: dict[str, Float[Tensor, ""]]
+    seen: dict[str, Float[Tensor, ""]]

@@ -11,9 +11,10 @@ import torch
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
 from samlet.data.dataset import SegmentationDataset, collate
 from samlet.data.sampler import SampleKey
+from samlet.distill.answers import is_ambiguous
 from samlet.distill.configs import DistillationConfig
-from samlet.distill.objectives import build_objectives, is_ambiguous
-from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
+from samlet.distill.objectives import build_objectives
+from samlet.distill.teacher import LiveTeacher, TeacherTeam
 from samlet.engine.audit import audit_gradients
 from samlet.engine.step import Counts, TrainStep, count_images
 from samlet.errors import SamletError
@@ -62,7 +63,7 @@ def make_team(config: DistillationConfig, *seeds: int, weights: tuple[float, ...
     for seed in seeds:
         torch.manual_seed(seed)
         sam = build_sam("vit_b", IMAGE_SIZE, **TEACHER)
-        teachers.append(LiveTeacher(f"teacher {seed}", sam, IMAGE_SIZE, (), decoder_taps))
+        teachers.append(LiveTeacher(f"teacher {seed}", sam, (), decoder_taps))
     return TeacherTeam(teachers, weights)
 
 
@@ -157,7 +158,7 @@ def test_a_student_that_is_its_teacher_pays_nothing(batch: Batch) -> None:
     twin = build_sam(**student.arch)
     twin.load_state_dict(student.state_dict())
     taps = sorted({tap for objective in build_objectives(config) for tap in objective.decoder_taps})
-    team = TeacherTeam([LiveTeacher("twin", twin, IMAGE_SIZE, (), taps)], [1.0])
+    team = TeacherTeam([LiveTeacher("twin", twin, (), taps)], [1.0])
     step = TrainStep(student, NO_TASK, build_objectives(config))
     _, terms = step(batch, team.teach(batch), counts_of(batch))
     for name in TERMS:
@@ -220,9 +221,9 @@ def test_the_audit_refuses_a_term_that_teaches_nothing(batch: Batch) -> None:
 def test_the_audit_refuses_a_detached_term() -> None:
     module = torch.nn.Linear(2, 1)
     value = module(torch.ones(2)).sum()
-    audit_gradients(Terms({"a": value}, {"a": value}), module)
+    audit_gradients(Terms({"a": value}, {"a": value}, {}), module)
     with pytest.raises(SamletError, match="b: has a weight"):
-        audit_gradients(Terms({"b": value}, {"b": value.detach()}), module)
+        audit_gradients(Terms({"b": value}, {"b": value.detach()}, {}), module)
 
 
 def test_a_block_tap_is_compared_through_the_neck(batch: Batch) -> None:
@@ -230,9 +231,9 @@ def test_a_block_tap_is_compared_through_the_neck(batch: Batch) -> None:
     objective = build_objectives(config)[0]
     assert (objective.teacher_taps, objective.student_taps) == (("blocks.-2",), ("blocks.-1",))
     torch.manual_seed(1)
-    teacher = LiveTeacher("T", build_sam("vit_b", IMAGE_SIZE, **TEACHER), IMAGE_SIZE, objective.teacher_taps)
-    lesson = Lesson(1.0, TeacherTeam([teacher], [1.0]).teach(batch)[0].view)
-    assert lesson.view.features.taps["blocks.-2"].shape[1] == 256
+    teacher = LiveTeacher("T", build_sam("vit_b", IMAGE_SIZE, **TEACHER), objective.teacher_taps)
+    lesson = TeacherTeam([teacher], [1.0]).teach(batch)[0]
+    assert lesson.features.taps["blocks.-2"].shape[1] == 256
     step = TrainStep(make_student(), NO_TASK, [objective])
     loss, _ = step(batch, (lesson,), counts_of(batch))
     loss.backward()
@@ -244,9 +245,4 @@ def test_a_block_tap_is_compared_through_the_neck(batch: Batch) -> None:
 
 def test_a_tap_that_the_teacher_lacks_lists_those_it_has() -> None:
     with pytest.raises(SamletError, match=r"blocks.30.*blocks.0 to blocks.1"):
-        LiveTeacher("T", build_sam("vit_b", IMAGE_SIZE, **TEACHER), IMAGE_SIZE, ("blocks.30",))
-
-
-def test_a_teacher_of_another_size_is_refused() -> None:
-    with pytest.raises(SamletError, match="'T' sees 64 x 64 pixels, the student 128 x 128"):
-        LiveTeacher("T", build_sam("vit_b", IMAGE_SIZE, **TEACHER), 128)
+        LiveTeacher("T", build_sam("vit_b", IMAGE_SIZE, **TEACHER), ("blocks.30",))

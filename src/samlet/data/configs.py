@@ -31,6 +31,13 @@ class PromptConfig(StrictModel):
     """Each edge of a box moves by up to this share of the side, at most 20 pixels at 1024, in or out."""
     mix: tuple[Weight, Weight, Weight] = (0.4, 0.4, 0.2)
     """Weights of points, box, and box with points in mode `mixed`."""
+    correction_rounds: Annotated[int, Field(ge=0, le=8)] = 0
+    """Prompt in the loop: so many times one more click falls where the student's answer is wrong (by the ground truth,
+    without one by the teachers), and student and teachers answer again; the loss is the mean over the rounds."""
+    correction_mask_input: bool = False
+    """Feed the student's last logits back as a mask prompt with each correction, to student and teachers alike."""
+    correction_min_cells: Annotated[int, Field(ge=1)] = 10
+    """An answer that is wrong in fewer cells of the low-res grid (4 x 4 pixels of the input frame) gets no click."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """Ranges that are upside down, weights that are all zero."""
@@ -148,3 +155,28 @@ class DatasetConfig(StrictModel):
 
         split = val_split(self, seed)
         return ValidationSet(split.records, broken=self.broken, problems=split.problems)
+
+
+class RetentionConfig(StrictModel):
+    """A second data set, of what the student should not forget: measured on, never trained on."""
+
+    root: ExistingPath
+    """The data set's folder, or its annotation file."""
+    val: str = "val"
+    """The split to measure on (valid and validation stand in for val); where it has no `val`, all of root."""
+    format: FormatName = "auto"
+    """How masks are written; auto finds out and says so."""
+    max_images: Annotated[int, Field(ge=1)] | None = None
+    """Measure on the first n images only; null: all."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """Files that cannot be read or used: stop with their path, or leave them out."""
+
+    def build(self) -> ValidationSet:
+        """The labelled images.
+
+        Raises:
+            DataError: there are none, or some are refused.
+        """
+        from samlet.data.opening import open_split
+
+        return open_split(self.root, self.val, self.format, self.broken)

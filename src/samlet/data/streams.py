@@ -17,6 +17,7 @@ class Stream(IntEnum):
     OBJECTS = 3
     PROMPT = 4
     SCENE = 5
+    CORRECTION = 6
 
 
 def generator(stream: Stream, seed: int, epoch: int = 0, index: int = 0, item: int = 0) -> np.random.Generator:

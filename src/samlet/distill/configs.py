@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,10 @@ from samlet.schema import ExistingPath, Loc, StrictModel
 TermConfig = EncoderPatchConfig | PromptEmbedConfig | DecoderMaskTokenConfig | DenseMaskLogitsConfig
 
 
+TeamRule = Literal["static", "per_sample"]
+TrustRule = Literal["constant", "hard_mask", "confidence"]
+
+
 class TeacherConfig(StrictModel):
     """One frozen Segment-Anything model that supervises the student."""
 
@@ -27,6 +32,12 @@ class TeacherConfig(StrictModel):
     """Share of this teacher; shares are normalised to sum 1, and without one all teachers count alike."""
     checkpoint: ExistingPath
     """Weights: an upstream .pth/.pt, a .safetensors, a samlet run, or a Hugging Face SamModel folder."""
+    image_size: Annotated[int, Field(ge=32, multiple_of=16)] | None = None
+    """Side of the square that this teacher sees; null: as the student. Its maps are resized to the student's grid."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of its image encoder's weights and arithmetic; null: as the run. bf16 halves their memory."""
+    offload: bool = False
+    """Keep its image encoder in main memory and bring it to the device for each batch: slower, less device memory."""
 
 
 class DistillationConfig(StrictModel):
@@ -36,6 +47,13 @@ class DistillationConfig(StrictModel):
     """Learn from the teachers; false: from the ground truth alone."""
     lambda_coef: float = Field(1.0, ge=0)
     """Scales the whole distillation loss against the task loss."""
+    team: TeamRule = "static"
+    """static: every teacher counts by its weight. per_sample: for each object only the teacher whose mask has the best
+    IoU with the ground truth counts; without ground truth the most confident one."""
+    trust: TrustRule = "constant"
+    """Teacher against ground truth, object by object. constant: both in full. hard_mask: the teacher counts most where
+    it is right and the student wrong (TinySAM). confidence: the teacher by its own IoU estimate c, the ground truth's
+    masks by 1 - c (PicoSAM2). Without ground truth the teacher always counts in full."""
     use_precomputed_features: bool = False
     """Read teacher features from disk in place of running the teachers."""
     precomputed_root: Path | None = None

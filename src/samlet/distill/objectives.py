@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-
+from samlet.distill.answers import answering_masks, valid_per_prompt
 from samlet.distill.configs import DistillationConfig
 from samlet.distill.views import View
 from samlet.frames import valid_cells
@@ -22,7 +21,7 @@ from samlet.losses.configs import (
 from samlet.types import Batch
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
 Compare = Callable[[View, View, Batch], "Tensor"]
@@ -67,7 +66,7 @@ def _prompt_embed(name: str, config: PromptEmbedConfig) -> Objective:
 
     def compare(student: View, teacher: View, batch: Batch) -> Float[Tensor, "P"]:
         stream = student.output.taps[tap]
-        valid = _valid_per_prompt(batch, stream.shape[-1])
+        valid = valid_per_prompt(batch, stream.shape[-1])
         return loss(stream, teacher.output.taps[tap], valid, reduction="none")
 
     return Objective(name, config.weight, "prompt", compare, decoder_taps=(tap,))
@@ -88,27 +87,11 @@ def _dense_mask_logits(name: str, config: DenseMaskLogitsConfig) -> Objective:
     def compare(student: View, teacher: View, batch: Batch) -> Float[Tensor, "P"]:
         of_student, of_teacher = student.output.low_res_logits, teacher.output.low_res_logits
         masks, grid = of_student.shape[1], of_student.shape[-1]
-        valid = _valid_per_prompt(batch, grid).repeat_interleave(masks, dim=0)
+        valid = valid_per_prompt(batch, grid).repeat_interleave(masks, dim=0)
         per_mask = loss(of_student.flatten(0, 1)[:, None], of_teacher.flatten(0, 1)[:, None], valid, reduction="none")
         return (per_mask.view(-1, masks) * answering_masks(batch)).sum(dim=1)
 
     return Objective(name, config.weight, "prompt", compare)
-
-
-def is_ambiguous(batch: Batch) -> Bool[Tensor, "P"]:
-    """True where a prompt is a single click: it may mean a part, an object or a group, so three masks answer it."""
-    return (batch.prompts.point_labels >= 0).sum(dim=1) == 1
-
-
-def answering_masks(batch: Batch) -> Float[Tensor, "P 4"]:
-    """Share of each of the four masks in the answer: the three alike for a single click, else the single mask."""
-    three = torch.tensor([0.0, 1 / 3, 1 / 3, 1 / 3], device=batch.pixels.device)
-    single = torch.tensor([1.0, 0.0, 0.0, 0.0], device=batch.pixels.device)
-    return torch.where(is_ambiguous(batch)[:, None], three, single)
-
-
-def _valid_per_prompt(batch: Batch, grid: int) -> Float[Tensor, "P grid grid"]:
-    return valid_cells(batch.input_sizes, grid, batch.pixels.shape[-1])[batch.prompts.image_index]
 
 
 def _asked(tap: str) -> tuple[str, ...]:

@@ -2,78 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from samlet.distill.views import View, encode_projected
-from samlet.errors import ConfigError
+from samlet.distill.frames import features_at, output_at, pixels_at, prompts_at
+from samlet.distill.views import encode_projected
 from samlet.types import Batch, ImageFeatures, MaskOutput, Prompts
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from samlet.models.sam import Sam
 
 
 class Teacher(Protocol):
-    """What distillation asks of a teacher, whether its features are computed now or were stored before."""
+    """What distillation asks of a teacher, whether its features are computed now or were stored before.
+
+    Both verbs speak of the teacher's own input frame, `image_size` pixels wide.
+    """
 
     name: str
+    image_size: int
 
     def encode(self, batch: Batch) -> ImageFeatures:
         """Image embedding and encoder taps of a batch, brought to 256 channels."""
         ...
 
     def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskOutput:
-        """All four masks, tokens and decoder taps for exactly the student's prompts."""
+        """All four masks, tokens and decoder taps."""
         ...
 
 
 class LiveTeacher:
     """A Segment-Anything model that runs beside the student, frozen and in eval mode.
 
+    Args:
+        name: what logs and errors call it.
+        sam: the model; its own input size may differ from the student's.
+        encoder_taps: what `encode` returns besides the embedding.
+        decoder_taps: what `decode` returns besides masks, IoU and tokens.
+        precision: of the image encoder's weights and arithmetic; None: those of the run.
+        offload: keep the image encoder in main memory and bring it to the device for each batch.
+
     Raises:
-        ConfigError: a tap that this model does not have, or an input frame that is not the student's.
+        SamletError: a tap that this model does not have.
     """
 
     def __init__(
         self,
         name: str,
         sam: Sam,
-        image_size: int,
         encoder_taps: Sequence[str] = (),
         decoder_taps: Sequence[str] = (),
+        *,
+        precision: torch.dtype | None = None,
+        offload: bool = False,
     ) -> None:
-        if sam.image_size != image_size:
-            raise ConfigError(
-                f"teachers: '{name}' sees {sam.image_size} x {sam.image_size} pixels, the student {image_size} x "
-                f"{image_size}; set model.image_size to {sam.image_size}, or take a teacher of {image_size}"
-            )
         for tap in encoder_taps:
             sam.tap_channels(tap)
         self.name = name
+        self.image_size = sam.image_size
         self.sam = sam.requires_grad_(False).eval()
         self.encoder_taps = tuple(encoder_taps)
         self.decoder_taps = tuple(decoder_taps)
+        self.offload = offload
+        self.precision = precision
+        if precision is not None:
+            self.sam.image_encoder.to(precision)
+        if offload:
+            self.sam.image_encoder.to("cpu")
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> ImageFeatures:
         """Run the image encoder."""
-        return encode_projected(self.sam, batch.pixels, self.encoder_taps)
+        pixels = pixels_at(batch.pixels, self.image_size)
+        with self._present(pixels.device):
+            if self.precision is None:
+                return encode_projected(self.sam, pixels, self.encoder_taps)
+            with torch.autocast(pixels.device.type, enabled=False):
+                features = encode_projected(self.sam, pixels.to(self.precision), self.encoder_taps)
+            taps = {name: tap.to(pixels.dtype) for name, tap in features.taps.items()}
+            return ImageFeatures(features.embedding.to(pixels.dtype), taps)
 
     @torch.no_grad()
     def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskOutput:
         """Run prompt encoder and mask decoder."""
         return self.sam.decode(features, prompts, multimask_output=None, taps=self.decoder_taps)
 
+    @contextmanager
+    def _present(self, device: torch.device) -> Iterator[None]:
+        """The image encoder on the device, for as long as it is needed."""
+        if not self.offload:
+            yield
+            return
+        self.sam.image_encoder.to(device)
+        try:
+            yield
+        finally:
+            self.sam.image_encoder.to("cpu")
+
 
 class Lesson(NamedTuple):
-    """What one teacher says about a batch, and its share in the team's loss."""
+    """What one teacher knows about a batch: its features, and its answer to any prompts, in the student's frame."""
 
-    weight: float
-    view: View
+    name: str
+    weight: float  # its share in the team, 0..1
+    features: ImageFeatures
+    answer: Callable[[Prompts], MaskOutput]
 
 
 class TeacherTeam:
@@ -85,15 +121,18 @@ class TeacherTeam:
         self.weights = tuple(weights)
 
     def teach(self, batch: Batch) -> tuple[Lesson, ...]:
-        """Every teacher's answer to the student's own prompts; a teacher of share 0 is not asked."""
-        lessons = []
-        for teacher, weight in zip(self.teachers, self.weights, strict=True):
-            if weight > 0:
-                features = teacher.encode(batch)
-                lessons.append(Lesson(weight, View(features, teacher.decode(features, batch.prompts))))
-        return tuple(lessons)
+        """One lesson a teacher; a teacher of share 0 is not asked."""
+        pairs = zip(self.teachers, self.weights, strict=True)
+        return tuple(lesson(teacher, weight, batch) for teacher, weight in pairs if weight > 0)
 
-    def logits_of_first(self, batch: Batch) -> Tensor:
-        """Low-res logits of the first teacher, for pictures."""
-        features = self.teachers[0].encode(batch)
-        return self.teachers[0].decode(features, batch.prompts).low_res_logits
+
+def lesson(teacher: Teacher, weight: float, batch: Batch) -> Lesson:
+    """Encode a batch once; the lesson answers prompts from these features."""
+    image_size = batch.pixels.shape[-1]
+    features = teacher.encode(batch)
+
+    def answer(prompts: Prompts) -> MaskOutput:
+        own = prompts_at(prompts, image_size, teacher.image_size)
+        return output_at(teacher.decode(features, own), teacher.image_size, image_size)
+
+    return Lesson(teacher.name, weight, features_at(features, teacher.image_size, image_size), answer)

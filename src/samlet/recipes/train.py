@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -22,6 +23,7 @@ from samlet.config import RunConfig
 from samlet.data.dataset import SegmentationDataset, ValidationSet, collate
 from samlet.data.sampler import SampleKey, StepSampler, epoch_order
 from samlet.distill.configs import normalized_weights
+from samlet.distill.corrections import Corrections
 from samlet.distill.objectives import build_objectives
 from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
 from samlet.engine.audit import audit_gradients
@@ -43,6 +45,7 @@ from samlet.models import Sam, load_sam
 from samlet.types import Batch
 
 BATCHES_TO_CALIBRATE = 8
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -114,9 +117,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     )
     val_set = config.dataset.build_val(seed=config.seed)
     student = config.model.build()
-    step = TrainStep(
-        student, config.loss, build_objectives(config.distillation), lambda_coef=config.distillation.lambda_coef
-    )
+    step = build_step(config, student)
     set_trainable(student, config.training.freeze, config.model.batch_norm)
     optimizer = build_optimizer(
         student,
@@ -158,6 +159,20 @@ def calibrate(run: Run) -> None:
     calibrate_batch_norm(run.student, (on_device(batch, run).pixels for batch in batches))
 
 
+def build_step(config: RunConfig, student: Sam) -> TrainStep:
+    """The training step around a student."""
+    prompts = config.prompts
+    return TrainStep(
+        student,
+        config.loss,
+        build_objectives(config.distillation),
+        config.distillation.lambda_coef,
+        team=config.distillation.team,
+        trust=config.distillation.trust,
+        corrections=Corrections(prompts.correction_rounds, prompts.correction_mask_input, prompts.correction_min_cells),
+    )
+
+
 def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> TeacherTeam | None:
     """The teachers, frozen and on the device; none where nothing is distilled."""
     if not step.objectives:
@@ -165,11 +180,15 @@ def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> Teac
     encoder_taps = sorted({tap for objective in step.objectives for tap in objective.teacher_taps})
     teachers = []
     for teacher in config.teachers:
-        sam = load_sam(teacher.checkpoint, image_size=config.model.image_size)
+        sam = load_sam(teacher.checkpoint, image_size=teacher.image_size or config.model.image_size)
         place(sam, device, config.training)
         if config.training.compile:
             sam.image_encoder.compile()
-        teachers.append(LiveTeacher(teacher.name, sam, config.model.image_size, encoder_taps, step.decoder_taps))
+        precision = None if teacher.precision is None else PRECISIONS[teacher.precision]
+        live = LiveTeacher(
+            teacher.name, sam, encoder_taps, step.decoder_taps, precision=precision, offload=teacher.offload
+        )
+        teachers.append(live)
     return TeacherTeam(teachers, normalized_weights(config.teachers))
 
 
@@ -245,13 +264,15 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
     for number, batch in enumerate(window, start=1):
         last = number == len(window)
         with nullcontext() if last else accelerator.no_sync(run.wrapped):
-            batch = on_device(batch, run)  # noqa: PLW2901
+            batch = on_device(batch, run)._replace(draw=draw_of(run))  # noqa: PLW2901
             loss, terms = run.wrapped(batch, teach(run, batch), counts)
             # The processes' gradients are averaged, while every process holds its share of one sum.
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in terms.raw.items():
             sums[name] = sums.get(name, 0) + value.detach()
             sums[f"{name}/weighted"] = sums.get(f"{name}/weighted", 0) + terms.weighted[name].detach()
+        for name, value in terms.seen.items():
+            sums[name] = sums.get(name, 0) + value.detach()
     values = dict(zip(sums, total(accelerator, torch.stack(list(sums.values()))).tolist(), strict=True))
     norm = accelerator.clip_grad_norm_(run.student.parameters(), training.max_grad_norm or float("inf"))
     if not all_finite(run, values, float(norm), window):
@@ -260,6 +281,11 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
     loss_value = sum(value for name, value in values.items() if name.endswith("/weighted"))
     where: dict[str, Any] = {"step": run.state.step + 1, "epoch": run.epoch_after(run.state.step), "split": "train"}
     return {**where, "loss": loss_value, "lr": rate, "grad_norm": float(norm), **values}
+
+
+def draw_of(run: Run) -> int:
+    """What names this step's draws: a function of seed and step alone, so that no split into batches changes them."""
+    return int(np.random.SeedSequence([run.config.seed, run.state.step]).generate_state(1)[0])
 
 
 def teach(run: Run, batch: Batch) -> tuple[Lesson, ...]:
@@ -300,7 +326,7 @@ def all_finite(run: Run, values: Mapping[str, float], norm: float, window: Seque
 def audit(run: Run, batch: Batch) -> None:
     """Refuse terms that teach nothing; in eval mode, so that BatchNorm does not count this batch twice."""
     run.step.eval()
-    batch = on_device(batch, run)
+    batch = on_device(batch, run)._replace(draw=draw_of(run))
     _, terms = run.step(batch, teach(run, batch), Counts(*map(float, count_images([batch]))))
     audit_gradients(terms, run.step)
     enter_training_mode(run, run.epoch_after(run.state.step))
@@ -322,6 +348,7 @@ def load_batches(run: Run) -> Iterator[Batch]:
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=training.num_workers,
+        generator=torch.Generator(),  # each start of a loader draws a number, and resuming is one more start
         worker_init_fn=leave_signals_to_the_run,
         pin_memory=run.accelerator.device.type == "cuda",
     )
