@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from samlet import __version__
 from samlet.errors import SamletError
@@ -114,6 +115,76 @@ def evaluate(
         out=out,
         device=device,
         max_images=max_images,
+    )
+
+
+class _Lists(TyperCommand):
+    """Takes `--points 0 0.5 1` for what the parser underneath only knows as `--points 0 --points 0.5 --points 1`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each number that follows it."""
+        spelled, option = list[str](), ""
+        for word in args:
+            if word == "--points":
+                option = word
+            elif option and _is_number(word):
+                spelled += [option, word]
+            else:
+                spelled.append(word)
+                option = ""
+        return super().parse_args(ctx, spelled)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command(cls=_Lists)
+def interpolate(
+    base: Annotated[Path, typer.Argument(help="The model before fine-tuning: weights, run or folder.")],
+    tuned: Annotated[Path, typer.Argument(help="The model that was trained from it.")],
+    data: Annotated[Path, typer.Option(help="The data set, or a run's configuration: its validation images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the chosen student, curve.png and interpolation.json.")],
+    points: Annotated[
+        list[float] | None, typer.Option(help="The tuned model's shares to measure; 0 0.25 0.5 0.75 1 by default.")
+    ] = None,
+    retention: Annotated[
+        Path | None, typer.Option(help="A data set or configuration of what should not be forgotten.")
+    ] = None,
+    max_retention_drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Most that retention may lose against the base; 0.02: two points."),
+    ] = None,
+    metric: Annotated[
+        Literal["mean_miou", "point_miou", "box_miou"], typer.Option(help="What the chosen point is best at.")
+    ] = "mean_miou",
+    split: Annotated[str | None, typer.Option(help="Split of the data set; val by default.")] = None,
+    format: Format = "auto",
+    image_size: ImageSize = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first n images of each set.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Mix a fine-tuned model with its base (WiSE-FT), measure the mixtures, and keep the best."""
+    from samlet.recipes.interpolate import DEFAULT_POINTS, interpolate
+
+    interpolate(
+        base,
+        tuned,
+        data=data,
+        out=out,
+        points=points or DEFAULT_POINTS,
+        retention=retention,
+        metric=metric,
+        max_retention_drop=max_retention_drop,
+        split=split,
+        format=format,
+        image_size=image_size,
+        max_images=max_images,
+        device=device,
     )
 
 

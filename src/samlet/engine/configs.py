@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from samlet.data.configs import RetentionConfig
 from samlet.schema import Loc, StrictModel
 
 Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]
@@ -80,6 +81,17 @@ class ValidationConfig(StrictModel):
     """Validate on the first n images only; null: all."""
     overlays: int = Field(4, ge=0)
     """Validation images drawn at every validation: image, prompt, ground truth, teacher, student."""
+    retention: RetentionConfig | None = None
+    """Forgetting guard: a second data set (root, val, format, max_images, broken) measured before the first step and at
+    every validation; null: none."""
+    max_retention_drop: float | None = Field(None, ge=0, le=1)
+    """A checkpoint whose `metric` on the retention set fell by more than this (0.02: two points) since before the first
+    step is not kept as the best; null: it is only watched."""
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """A guard with nothing to guard."""
+        if self.max_retention_drop is not None and self.retention is None:
+            yield ("max_retention_drop",), "has nothing to compare with; name a data set in validation.retention"
 
 
 class CheckpointConfig(StrictModel):

@@ -66,7 +66,7 @@ def plot_curves(metrics: Path, out: Path) -> None:
         _draw(axes, panel)
         if place + columns >= len(panels):
             axes.set_xlabel("step", fontsize=7, color=FAINT)
-    write_file(out, lambda temporary: _save(figure, temporary))
+    write_file(out, lambda temporary: save_figure(figure, temporary))
 
 
 def read_lines(metrics: Path) -> dict[str, dict[str, Line]]:
@@ -138,7 +138,7 @@ def _reading_order(name: str) -> tuple[int, str]:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    _style(axes, panel.title)
+    style(axes, panel.title)
     if panel.kind == "score":
         _draw_scores(axes, panel)
         return
@@ -177,7 +177,8 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(bottom=0, top=max(float(values.max()) * 1.12, 1e-12))
 
 
-def _style(axes: Axes, title: str) -> None:
+def style(axes: Axes, title: str) -> None:
+    """The look that all pictures of numbers share."""
     axes.set_facecolor(PAPER)
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
     axes.grid(visible=True, color=GRID, lw=0.7)
@@ -187,5 +188,6 @@ def _style(axes: Axes, title: str) -> None:
     axes.spines["bottom"].set_color(GRID)
 
 
-def _save(figure: Figure, place: Path) -> None:
+def save_figure(figure: Figure, place: Path) -> None:
+    """Write a PNG that is the same bytes for the same picture."""
     figure.savefig(place, format="png", metadata={"Software": None})

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from samlet.artefacts import write_json, write_text
-from samlet.errors import CheckpointError, DataError, SamletError
+from samlet.data.opening import DEFAULT_SPLIT, open_split
+from samlet.engine.progress import image_bar
+from samlet.errors import CheckpointError, SamletError
 
 if TYPE_CHECKING:
     import torch
 
     from samlet.data import ValidationSet
-    from samlet.data.formats import FormatName
     from samlet.models import Sam
 
-DEFAULT_SPLIT = "val"
 DEFAULT_OUT = Path("evaluation")
 TITLES = {"miou": "mIoU", "mdice": "mDice"}
 
@@ -69,7 +68,7 @@ def evaluate(
     target = choose_device(device)
     count = min(len(images), max_images or len(images))
     results: dict[str, Any] = {}
-    with _progress() as progress:
+    with image_bar() as progress:
         for checkpoint in named:
             task = progress.add_task(checkpoint.name, total=count)
             results[checkpoint.name] = _measure(
@@ -104,28 +103,6 @@ def name_checkpoints(given: Sequence[str]) -> list[Named]:
     if not named:
         raise CheckpointError("checkpoints: there is none to evaluate")
     return named
-
-
-def open_split(data: Path, split: str, format: str) -> ValidationSet:
-    """The labelled images of a split; all of `data` where it has no `val` and none was named.
-
-    Raises:
-        DataError: there is no such split, or it cannot be used.
-    """
-    from samlet.data import DatasetConfig
-    from samlet.data.formats import FORMATS, as_split, exists
-
-    if format not in ("auto", *FORMATS):
-        raise DataError(f"format: '{format}' is not one of auto, {', '.join(FORMATS)}")
-    if not data.exists():
-        raise DataError(f"{data}: no such file or folder; give the data set's folder")
-    root = data
-    if not (data.is_dir() and exists(data, split)):
-        if split != DEFAULT_SPLIT:
-            raise DataError(f"{data}: has no split '{split}'; name a folder or annotation file in it")
-        root, split = as_split(data)
-    config = DatasetConfig(root=root, val=split, format=cast("FormatName", format), unlabelled="use")
-    return config.build_val(seed=0)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -192,21 +169,6 @@ def _publish(report: dict[str, Any], out: Path) -> None:
         markup=False,
         soft_wrap=True,
         highlight=False,
-    )
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
     )
 
 
