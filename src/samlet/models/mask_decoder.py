@@ -17,7 +17,7 @@ from torch import nn
 
 from samlet.models.containers import module_list
 from samlet.models.norms import LayerNorm2d
-from samlet.models.transformer import TwoWayTransformer
+from samlet.models.transformer import Transformed, TwoWayTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DIM = 256
 NUM_HEADS = 8
 NUM_MASKS = 4  # the single mask, then three for ambiguous prompts
+PROMPTED, ATTENTION = "prompted.", "attention."  # how taps of image streams and attention maps are called
+UPSCALED, HYPERNETWORKS = "upscaled", "hypernetworks"
 CHUNK = 2  # prompts at a time on a CPU: their image streams then fit its cache
 
 
@@ -62,12 +64,12 @@ class Embedded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Answers to P prompts: the masks asked for, all IoU estimates, mask tokens and the image streams asked for."""
+    """Answers to P prompts: the masks asked for, all IoU estimates, mask tokens and the taps asked for."""
 
     masks: Float[Tensor, "P M H W"]
     iou: Float[Tensor, "P 4"]
     mask_tokens: Float[Tensor, "P 4 256"]
-    streams: list[Float[Tensor, "P 256 h w"]]
+    taps: list[Float[Tensor, "P *shape"]]
 
 
 class MaskDecoder(nn.Module):
@@ -96,9 +98,9 @@ class MaskDecoder(nn.Module):
         prompts: Embedded,
         *,
         masks: slice,
-        streams: Sequence[int] = (),
+        taps: Sequence[str] = (),
     ) -> Decoded:
-        """Decode all prompts of all images; `masks` chooses which of the four, `streams` which image streams.
+        """Decode all prompts of all images; `masks` chooses which of the four, `taps` (`tap_names`) what else.
 
         On a CPU, where no gradient is wanted, a few prompts at a time: the same answers, out of the cache.
         """
@@ -106,25 +108,33 @@ class MaskDecoder(nn.Module):
         tokens = embedding.flatten(2).transpose(1, 2).contiguous()
         pe = image_pe.flatten(2).transpose(1, 2)[0]
         shared = tokens + no_mask
+        kept = [name.removeprefix(ATTENTION) for name in taps if name.startswith(ATTENTION)]
 
         def decode(part: Embedded) -> Decoded:
             if part.dense is None:
                 image = rows(shared, part.image_index)
             else:
                 image = rows(tokens, part.image_index) + part.dense.flatten(2).transpose(1, 2)
-            queries, maps = self.transformer(self._tokens(part), image, pe, self._present(part))
-            mask_tokens = queries[:, 1 : 1 + NUM_MASKS]
+            seen = self.transformer(self._tokens(part), image, pe, self._present(part), kept)
+            mask_tokens = seen.tokens[:, 1 : 1 + NUM_MASKS]
+            vectors, finest = self._hypernetworks(mask_tokens, masks), self._upscaled(seen.streams[-1])
             return Decoded(
-                self._masks(maps[-1], mask_tokens, masks, grid),
-                self.iou_prediction_head(queries[:, 0]),
+                in_pixels(finest.flatten(1, -2) @ vectors, grid),
+                self.iou_prediction_head(seen.tokens[:, 0]),
                 mask_tokens,
-                [torch.unflatten(maps[i].transpose(1, 2), 2, grid).expand(len(queries), -1, -1, -1) for i in streams],
+                [tapped(name, seen, vectors, finest, grid) for name in taps],
             )
 
         chunked = embedding.device.type == "cpu" and not torch.is_grad_enabled()
         if not chunked or torch.compiler.is_compiling() or len(prompts.image_index) <= CHUNK:
             return decode(prompts)
         return _join([decode(part) for part in prompts.chunks(CHUNK)])
+
+    def tap_names(self) -> tuple[str, ...]:
+        """What `forward` can return besides its answers."""
+        streams = (f"{PROMPTED}{layer}" for layer in range(len(self.transformer.layers) + 1))
+        maps = (f"{ATTENTION}{name}" for name in self.transformer.attention_names())
+        return (*streams, *maps, UPSCALED, HYPERNETWORKS)
 
     def _tokens(self, prompts: Embedded) -> Float[Tensor, "P N 256"]:
         outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
@@ -135,24 +145,42 @@ class MaskDecoder(nn.Module):
     def _present(prompts: Embedded) -> Bool[Tensor, "P N"] | None:
         return None if prompts.present is None else F.pad(prompts.present, (1 + NUM_MASKS, 0), value=True)
 
-    def _masks(
-        self,
-        stream: Float[Tensor, "P L 256"],
-        mask_tokens: Float[Tensor, "P 4 256"],
-        masks: slice,
-        grid: tuple[int, int],
-    ) -> Float[Tensor, "P M 4h 4w"]:
-        """Dot product of each sub-pixel's features with each mask's hypernetwork output."""
+    def _hypernetworks(self, mask_tokens: Float[Tensor, "P 4 256"], masks: slice) -> Float[Tensor, "P 32 M"]:
+        """The vector that each mask's sub-pixels are multiplied with."""
         chosen = list(enumerate(self.output_hypernetworks_mlps))[masks]
-        weights = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in chosen], dim=2)  # P, 32, M
+        return torch.stack([mlp(mask_tokens[:, i]) for i, mlp in chosen], dim=2)
+
+    def _upscaled(self, stream: Float[Tensor, "P L 256"]) -> Float[Tensor, "P L 4 4 32"]:
+        """The features of each token's 4 x 4 sub-pixels, quarter by quarter."""
         first, norm, gelu, second, _ = self.output_upscaling
         assert isinstance(norm, nn.LayerNorm)
         fine = gelu(nn.LayerNorm.forward(norm, subpixels(stream, first)))
-        finest = gelu(subpixels(fine, second))
-        logits = finest.flatten(1, -2) @ weights
-        # Sub-pixels lie in the order row, column of the token, then within the token, then within its quarter.
-        tiles = torch.unflatten(logits, 1, (*grid, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
-        return tiles.reshape(logits.shape[0], logits.shape[2], 4 * grid[0], 4 * grid[1])
+        finest: Tensor = gelu(subpixels(fine, second))
+        return finest
+
+
+def in_pixels(values: Float[Tensor, "P K M"], grid: tuple[int, int]) -> Float[Tensor, "P M 4h 4w"]:
+    """Sub-pixels in the order of pixels; they come by row and column of the token, within it, within its quarter."""
+    tiles = torch.unflatten(values, 1, (*grid, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
+    return tiles.reshape(values.shape[0], values.shape[2], 4 * grid[0], 4 * grid[1])
+
+
+def tapped(
+    name: str,
+    seen: Transformed,
+    vectors: Float[Tensor, "P 32 M"],
+    finest: Float[Tensor, "P L 4 4 32"],
+    grid: tuple[int, int],
+) -> Float[Tensor, "P *shape"]:
+    """What a tap's name means, a row for each prompt."""
+    if name == HYPERNETWORKS:
+        return vectors.transpose(1, 2)
+    if name == UPSCALED:
+        return in_pixels(finest.flatten(1, -2), grid)
+    if name.startswith(PROMPTED):
+        stream = seen.streams[int(name.removeprefix(PROMPTED))].transpose(1, 2)
+        return torch.unflatten(stream, 2, grid).expand(len(seen.tokens), -1, -1, -1)
+    return seen.attention[name.removeprefix(ATTENTION)]
 
 
 def rows(images: Float[Tensor, "B L C"], index: Int[Tensor, "P"]) -> Float[Tensor, "#P L C"]:
@@ -173,5 +201,5 @@ def _join(parts: list[Decoded]) -> Decoded:
         torch.cat([part.masks for part in parts]),
         torch.cat([part.iou for part in parts]),
         torch.cat([part.mask_tokens for part in parts]),
-        [torch.cat(maps) for maps in zip(*(part.streams for part in parts), strict=True)],
+        [torch.cat(taps) for taps in zip(*(part.taps for part in parts), strict=True)],
     )

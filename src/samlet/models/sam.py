@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from samlet.errors import SamletError
 from samlet.frames import PIXEL_MEAN, PIXEL_STD
-from samlet.models.mask_decoder import Embedded, MaskDecoder
+from samlet.models.mask_decoder import ATTENTION, Embedded, MaskDecoder
 from samlet.models.norms import frozen_projection
 from samlet.models.prompt_encoder import PromptEncoder
 from samlet.models.tiny_vit import TinyViT
@@ -49,23 +50,34 @@ class Sam(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
-    def encode(self, pixels: Float[Tensor, "B 3 S S"], taps: Sequence[str] = ()) -> ImageFeatures:
+    def encode(
+        self,
+        pixels: Float[Tensor, "B 3 S S"],
+        taps: Sequence[str] = (),
+        places: Float[Tensor, "B Q 2"] | None = None,
+    ) -> ImageFeatures:
         """Image embedding of preprocessed images (see samlet.frames), and the encoder's inner maps by name.
 
+        Taps: `neck`, `neck_conv`; `blocks.N`, a block's output, B x C x h x w; `attention.N`, what a block's attention
+        gives each of Q `places` to see, B x heads x Q x h x w, 0 outside the place's window. Places are (y, x) as
+        shares of the input frame's side, 0 to 1. N may be negative, or a share of the depth: `blocks.1/4`.
+
         Raises:
-            SamletError: pixels of another shape; a tap this encoder does not have.
+            SamletError: pixels of another shape; a tap this encoder does not have; attention without places.
         """
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
             wanted = f"(B, 3, {self.image_size}, {self.image_size})"
             raise SamletError(f"pixels: this model encodes {wanted}, not {tuple(pixels.shape)}; see samlet.frames")
-        blocks = {name: self._block(name) for name in taps if name not in ("neck", "neck_conv")}
-        last, seen = self.image_encoder(pixels, tuple(blocks.values()))
+        inner = {name: self._inner(name) for name in taps if name not in ("neck", "neck_conv")}
+        if places is None and any(name.startswith(ATTENTION) for name in inner):
+            raise SamletError("places: attention is tapped at some places of each image; say at which")
+        last, seen = self.image_encoder(pixels, tuple(inner.values()), places)
         narrow, *rest = self.image_encoder.neck
         neck_conv = embedding = narrow(last)
         for layer in rest:
             embedding = layer(embedding)
         maps = {"neck": embedding, "neck_conv": neck_conv}
-        return ImageFeatures(embedding, {name: maps[name] if name in maps else seen[blocks[name]] for name in taps})
+        return ImageFeatures(embedding, {name: maps[name] if name in maps else seen[inner[name]] for name in taps})
 
     def decode(
         self,
@@ -77,33 +89,49 @@ class Sam(nn.Module):
         """Masks for P prompts on B images, in any order. None: all four masks; True: the three; False: the single one.
 
         Taps: `prompted.0`, the image stream (embedding + dense prompt) as it enters the two-way transformer, and
-        `prompted.k`, the stream after its k-th layer.
+        `prompted.k`, the stream after its k-th layer; `upscaled`, the features of the masks' pixels, P x 32 x 4h x 4w,
+        and `hypernetworks`, the vector of each mask, P x M x 32, whose dot products are the logits; attention weights
+        P x 8 x queries x keys, `attention.k.self`, `attention.k.token_to_image` and `attention.k.image_to_token` of
+        layer k and `attention.final`. Tokens: IoU, four masks, then the prompt's points; cells go row by row.
 
         Raises:
             SamletError: a tap that does not exist; prompts that do not fit the images.
         """
         embedding = features.embedding
-        streams = [self._stream(name) for name in taps]
+        self.check_decoder_taps(taps)
         embedded = self._embed(prompts, embedding)
         no_mask = self.prompt_encoder.no_mask_embed.weight[0]
         image_pe = self.prompt_encoder.get_dense_pe((embedding.shape[2], embedding.shape[3])).to(no_mask.dtype)
-        out = self.mask_decoder(embedding, no_mask, image_pe, embedded, masks=MASKS[multimask_output], streams=streams)
+        out = self.mask_decoder(embedding, no_mask, image_pe, embedded, masks=MASKS[multimask_output], taps=taps)
         return MaskOutput(
-            out.masks, out.iou[:, MASKS[multimask_output]], out.mask_tokens, dict(zip(taps, out.streams, strict=True))
+            out.masks, out.iou[:, MASKS[multimask_output]], out.mask_tokens, dict(zip(taps, out.taps, strict=True))
         )
 
     def tap_names(self) -> tuple[str, ...]:
-        """Every name that `encode` takes; `blocks.-1` counts from the end."""
+        """The maps that `encode` can be asked for; `blocks.-1` counts from the end."""
         blocks = (f"blocks.{i}" for i in range(len(self.image_encoder.block_channels)))
         return (*blocks, "neck_conv", "neck")
 
     def tap_channels(self, name: str) -> int:
-        """Channels of a tap of `encode`.
+        """Channels of a tap of `encode`; of attention, those of the block.
 
         Raises:
             SamletError: a tap this encoder does not have.
         """
-        return EMBED_DIM if name in ("neck", "neck_conv") else self.image_encoder.block_channels[self._block(name)]
+        if name in ("neck", "neck_conv"):
+            return EMBED_DIM
+        return self.image_encoder.block_channels[int(self._inner(name).partition(".")[2])]
+
+    def check_decoder_taps(self, taps: Sequence[str]) -> None:
+        """Refuse what `decode` cannot return.
+
+        Raises:
+            SamletError: names the tap and lists those that exist.
+        """
+        names = self.mask_decoder.tap_names()
+        for name in taps:
+            if name not in names:
+                raise SamletError(f"tap '{name}': the mask decoder has {', '.join(names)}")
 
     def project_to_neck(self, tap_feature: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 256 h w"]:
         """A block's map through the neck's first convolution; no gradient reaches the convolution's weights.
@@ -119,21 +147,18 @@ class Sam(nn.Module):
             )
         return frozen_projection(self.image_encoder.neck, tap_feature)
 
-    def _block(self, name: str) -> int:
-        depth = len(self.image_encoder.block_channels)
+    def _inner(self, name: str) -> str:
+        """A tap's name with the block's own number, `blocks.-1` as `blocks.11`."""
+        depth, attending = len(self.image_encoder.block_channels), self.image_encoder.attending
         head, _, number = name.partition(".")
-        if head == "blocks" and number.removeprefix("-").isdecimal() and -depth <= int(number) < depth:
-            return int(number) % depth
+        index = block_index(number, depth)
+        if index is not None and (head == "blocks" or (head == "attention" and index in attending)):
+            return f"{head}.{index}"
         raise SamletError(
             f"tap '{name}': this {self.kind} has neck, neck_conv and blocks.0 to blocks.{depth - 1} "
-            f"(or blocks.-1 to blocks.-{depth}, from the end)"
+            f"(or blocks.-1 to blocks.-{depth}, from the end, or blocks.1/2, half way down), "
+            f"and attention.{attending[0]} to attention.{attending[-1]}"
         )
-
-    def _stream(self, name: str) -> int:
-        names = [f"prompted.{i}" for i in range(len(self.mask_decoder.transformer.layers) + 1)]
-        if name not in names:
-            raise SamletError(f"tap '{name}': the mask decoder has {', '.join(names)}")
-        return names.index(name)
 
     def _embed(self, prompts: Prompts, embedding: Tensor) -> Embedded:
         if not torch.compiler.is_compiling():
@@ -143,6 +168,16 @@ class Sam(nn.Module):
         dense = None if prompts.mask_input is None else encoder.dense_embeddings(prompts.mask_input)
         present = None if prompts.absent is None else ~prompts.absent
         return Embedded(prompts.image_index, sparse, present, dense)
+
+
+def block_index(number: str, depth: int) -> int | None:
+    """The block that "3", "-1" or, as a share of the depth, "1/4" means: of 12 blocks the third, 2; None: none."""
+    if matched := re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", number):
+        part, whole = int(matched[1]), int(matched[2])
+        return -(-depth * part // whole) - 1 if 0 < part <= whole else None
+    if re.fullmatch(r"-?[0-9]{1,6}", number) and -depth <= int(number) < depth:
+        return int(number) % depth
+    return None
 
 
 def _check_prompts(prompts: Prompts, embedding: Tensor, image_size: int) -> None:

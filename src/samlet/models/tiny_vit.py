@@ -6,14 +6,14 @@ Maps stay channels-last all the way, so tokens (B, h, w, C) and maps (B, C, h, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samlet.models.attention import biased_attention
+from samlet.models.attention import attention_rows, biased_attention, cells_at, tokens_at, within_windows
 from samlet.models.containers import module_list
 from samlet.models.norms import Conv2dBN, neck
 from samlet.models.windows import pad_to_multiple, partition, unpartition
@@ -101,6 +101,20 @@ class Attention(nn.Module):
         out = biased_attention(q, k, v, self.bias().to(q.dtype)[None])
         return out.transpose(1, 2).reshape(n, length, channels // 3)
 
+    def rows(self, x: Float[Tensor, "B h w C"], places: Float[Tensor, "B Q 2"]) -> Float[Tensor, "B H Q h w"]:
+        """The rows of the attention matrix at some places, over the whole map; 0 outside a place's window."""
+        size = (x.shape[1], x.shape[2])
+        cells, normed = cells_at(places, size), self.norm(x)
+        weight = torch.unflatten(self.qkv.weight, 0, (self.num_heads, 3, -1))
+        shift = torch.unflatten(self.qkv.bias, 0, (self.num_heads, 3, -1))
+        q = F.linear(tokens_at(normed, cells), weight[:, 0].flatten(0, 1), shift[:, 0].flatten())
+        k = F.linear(normed, weight[:, 1].flatten(0, 1), shift[:, 1].flatten())
+        down, across, seen = within_windows(cells, size, self.window)
+        index = down.abs()[..., :, None] * self.window + across.abs()[..., None, :]
+        bias = self.attention_biases[:, index].transpose(0, 1).to(q.dtype)
+        heads = (self.num_heads, -1)
+        return attention_rows(torch.unflatten(q, 2, heads).transpose(1, 2), torch.unflatten(k, 3, heads), bias, seen)
+
     def bias(self) -> Float[Tensor, "H L L"]:
         """attention_biases[head, |dy| * window + |dx|] for every pair of tokens."""
         axis = torch.arange(self.window, device=self.attention_biases.device)
@@ -140,6 +154,10 @@ class TinyViTBlock(nn.Module):
         tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out: Tensor = tokens + self.mlp(tokens)
         return out.permute(0, 3, 1, 2)
+
+    def attention_rows(self, x: Float[Tensor, "B C h w"], places: Float[Tensor, "B Q 2"]) -> Float[Tensor, "B H Q h w"]:
+        """What some places of the block's input look at; computed beside `forward`, which never sees its weights."""
+        return self.attn.rows(x.permute(0, 2, 3, 1), places)
 
     def _attend(self, tokens: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         window = self.attn.window
@@ -190,19 +208,29 @@ class TinyViT(nn.Module):
         self.apply(_init_linear)
         self.neck = neck(embed_dims[-1])
         self.block_channels = [dim for dim, depth in zip(embed_dims, depths, strict=True) for _ in range(depth)]
+        self.attending = list(range(depths[0], sum(depths)))
 
     def forward(
-        self, pixels: Float[Tensor, "B 3 S S"], wanted: Sequence[int] = ()
-    ) -> tuple[Float[Tensor, "B C h w"], dict[int, Tensor]]:
-        """The last block's map, before the neck, and the outputs of the blocks `wanted`, counted through all layers."""
+        self,
+        pixels: Float[Tensor, "B 3 S S"],
+        wanted: Collection[str] = (),
+        places: Float[Tensor, "B Q 2"] | None = None,
+    ) -> tuple[Float[Tensor, "B C h w"], dict[str, Tensor]]:
+        """The last block's map, before the neck, and what is `wanted`.
+
+        `blocks.N` is the output of a block, counted through all layers, `attention.N` the rows of its attention at
+        some `places`.
+        """
         x = self.patch_embed(pixels.contiguous(memory_format=torch.channels_last))
-        seen: dict[int, Tensor] = {}
+        seen: dict[str, Tensor] = {}
         index = 0
         for layer in self.layers:
             for block in layer.blocks:
+                if isinstance(block, TinyViTBlock) and places is not None and f"attention.{index}" in wanted:
+                    seen[f"attention.{index}"] = block.attention_rows(x, places)
                 x = block(x)
-                if index in wanted:
-                    seen[index] = x
+                if f"blocks.{index}" in wanted:
+                    seen[f"blocks.{index}"] = x
                 index += 1
             if layer.downsample is not None:
                 x = layer.downsample(x)

@@ -7,7 +7,8 @@ the same for all prompts of an image (unless they carry masks), and nothing is c
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from samlet.models.containers import module_list
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
+
+ATTENTIONS = ("self", "token_to_image", "image_to_token")  # of a layer, in their order
 
 
 class Attention(nn.Module):
@@ -48,15 +51,29 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.q_proj(q)), self._heads(self.k_proj(k)), self._heads(self.v_proj(v))
         return self._merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
+    def weights(
+        self, q: Float[Tensor, "P N C"], k: Float[Tensor, "P M C"], mask: Tensor | None
+    ) -> Float[Tensor, "P h N M"]:
+        """What `forward` weighs v with, which a fused kernel never shows; a row sums to 1."""
+        scores = self._heads(self.q_proj(q)) * self._scale @ self._heads(self.k_proj(k)).transpose(2, 3)
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+
     def read(
-        self, tokens: Float[Tensor, "P N C"], image_k: Float[Tensor, "#P L C"], image_v: Float[Tensor, "#P L C"]
-    ) -> Float[Tensor, "P N C"]:
-        """Attention of tokens to the image; an image side of one row is that of all prompts."""
+        self,
+        tokens: Float[Tensor, "P N C"],
+        image_k: Float[Tensor, "#P L C"],
+        image_v: Float[Tensor, "#P L C"],
+        keep: bool = False,
+    ) -> tuple[Float[Tensor, "P N C"], Float[Tensor, "P h N L"] | None]:
+        """Attention of tokens to the image, and its weights if they are to `keep`.
+
+        An image side of one row is that of all prompts.
+        """
         q = self._heads(self.q_proj(tokens)) * self._scale
         shift = q @ self._of_heads(self.k_proj.bias)[..., None].to(q.dtype)
         weights = compare(through(q, self._of_heads(self.k_proj.weight)), image_k, shift).softmax(dim=-1)
         seen = through(combine(weights, image_v), self._of_heads(self.v_proj.weight).transpose(1, 2))
-        return self._merged(seen + self._of_heads(self.v_proj.bias)[:, None])
+        return self._merged(seen + self._of_heads(self.v_proj.bias)[:, None]), weights if keep else None
 
     def write(
         self,
@@ -64,8 +81,9 @@ class Attention(nn.Module):
         tokens_k: Float[Tensor, "P N C"],
         tokens_v: Float[Tensor, "P N C"],
         mask: Bool[Tensor, "P 1 1 N"] | None = None,
-    ) -> Float[Tensor, "P L C"]:
-        """Attention of the image to the tokens where `mask` is True."""
+        keep: bool = False,
+    ) -> tuple[Float[Tensor, "P L C"], Float[Tensor, "P h L N"] | None]:
+        """Attention of the image to the tokens where `mask` is True, and its weights if they are to `keep`."""
         k, v = self._heads(self.k_proj(tokens_k)) * self._scale, self._heads(self.v_proj(tokens_v))
         shift = k @ self._of_heads(self.q_proj.bias)[..., None].to(k.dtype)
         if mask is not None:
@@ -74,7 +92,7 @@ class Attention(nn.Module):
         # The weights of a head sum to 1, so the bias, shared among the heads' values, comes out as it went in.
         written = through(v, self._of_heads(self.out_proj.weight.t())) + self.out_proj.bias / self.num_heads
         out: Tensor = weights.flatten(1, 2).transpose(1, 2) @ written.flatten(1, 2)
-        return out
+        return out, weights.transpose(2, 3) if keep else None
 
     @property
     def _scale(self) -> float:
@@ -151,19 +169,36 @@ class TwoWayAttentionBlock(nn.Module):
         image_pe: Float[Tensor, "L C"],
         query_pe: Float[Tensor, "P N C"],
         mask: Tensor | None,
-    ) -> tuple[Float[Tensor, "P N C"], Float[Tensor, "P L C"]]:
-        """Updated tokens and image stream; `mask` (P, 1, 1, N) is False where a token is a hole."""
-        if self.is_first:
-            queries = self.self_attn(queries, queries, queries, mask)
-        else:
-            q = queries + query_pe
-            queries = queries + self.self_attn(q, q, queries, mask)
-        queries = self.norm1(queries)
+        *,
+        kept: Collection[str] = (),
+    ) -> tuple[Float[Tensor, "P N C"], Float[Tensor, "P L C"], dict[str, Tensor | None]]:
+        """Updated tokens and image stream, and of its attention maps (`ATTENTIONS`) those to be `kept`.
+
+        `mask` (P, 1, 1, N) is False where a token is a hole.
+        """
+        q = queries if self.is_first else queries + query_pe
+        of_self = self.self_attn.weights(q, q, mask) if "self" in kept else None
+        mixed = self.self_attn(q, q, queries, mask)
+        queries = self.norm1(mixed if self.is_first else queries + mixed)
         placed = image + image_pe
-        queries = self.norm2(queries + self.cross_attn_token_to_image.read(queries + query_pe, placed, image))
+        read, looked = self.cross_attn_token_to_image.read(
+            queries + query_pe, placed, image, keep="token_to_image" in kept
+        )
+        queries = self.norm2(queries + read)
         queries = self.norm3(queries + self.mlp(queries))
-        written = self.cross_attn_image_to_token.write(placed, queries + query_pe, queries, mask)
-        return queries, self.norm4(image + written)
+        written, heard = self.cross_attn_image_to_token.write(
+            placed, queries + query_pe, queries, mask, keep="image_to_token" in kept
+        )
+        maps = {"self": of_self, "token_to_image": looked, "image_to_token": heard}
+        return queries, self.norm4(image + written), maps
+
+
+class Transformed(NamedTuple):
+    """What comes out of the two-way transformer."""
+
+    tokens: Float[Tensor, "P N C"]  # after the last attention
+    streams: list[Float[Tensor, "#P L C"]]  # the image stream before the first layer and after each
+    attention: dict[str, Tensor]  # the maps asked for
 
 
 class TwoWayTransformer(nn.Module):
@@ -181,12 +216,23 @@ class TwoWayTransformer(nn.Module):
         image: Float[Tensor, "#P L C"],
         image_pe: Float[Tensor, "L C"],
         present: Bool[Tensor, "P N"] | None = None,
-    ) -> tuple[Float[Tensor, "P N C"], list[Float[Tensor, "#P L C"]]]:
-        """The tokens after the last attention, and the image stream before the first and after each layer."""
+        kept: Collection[str] = (),
+    ) -> Transformed:
+        """Tokens and image streams, and of the attention maps (`attention_names`) those to be `kept`."""
         mask = None if present is None else present[:, None, None, :]
         queries, streams = tokens, [image]
-        for layer in self.layers:
-            queries, keys = layer(queries, streams[-1], image_pe, tokens, mask)
+        found: dict[str, Tensor | None] = {}
+        for number, layer in enumerate(self.layers):
+            own = [kind for kind in ATTENTIONS if f"{number}.{kind}" in kept]
+            queries, keys, maps = layer(queries, streams[-1], image_pe, tokens, mask, kept=own)
             streams.append(keys)
-        seen = self.final_attn_token_to_image.read(queries + tokens, streams[-1] + image_pe, streams[-1])
-        return self.norm_final_attn(queries + seen), streams
+            found |= {f"{number}.{kind}": value for kind, value in maps.items()}
+        seen, found["final"] = self.final_attn_token_to_image.read(
+            queries + tokens, streams[-1] + image_pe, streams[-1], keep="final" in kept
+        )
+        attention = {name: value for name, value in found.items() if value is not None}
+        return Transformed(self.norm_final_attn(queries + seen), streams, attention)
+
+    def attention_names(self) -> tuple[str, ...]:
+        """Its attention maps: three a layer, and the last look at the image."""
+        return (*(f"{number}.{kind}" for number in range(len(self.layers)) for kind in ATTENTIONS), "final")

@@ -5,13 +5,14 @@ Kirillov et al. 2023, arXiv:2304.02643; Li et al. 2022 (ViTDet), arXiv:2203.1652
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from samlet.models.attention import attention_rows, cells_at, tokens_at, within_windows
 from samlet.models.containers import module_list
 from samlet.models.norms import neck
 from samlet.models.windows import pad_to_multiple, partition, unpartition
@@ -61,6 +62,25 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(q, size))
         return out.transpose(1, 2).reshape(n, length, channels // 3)
 
+    def rows(
+        self, tokens: Float[Tensor, "B h w C"], places: Float[Tensor, "B Q 2"], window: int
+    ) -> Float[Tensor, "B H Q h w"]:
+        """The rows of the attention matrix at some places, over the whole map; 0 outside a place's window."""
+        size = (tokens.shape[1], tokens.shape[2])
+        cells = cells_at(places, size)
+        of_q, of_k, _ = self.qkv.weight.chunk(3)
+        bias_q, bias_k, _ = self.qkv.bias.chunk(3)
+        q = torch.unflatten(F.linear(tokens_at(tokens, cells), of_q, bias_q), 2, (self.num_heads, -1)).transpose(1, 2)
+        k = torch.unflatten(F.linear(tokens, of_k, bias_k), 3, (self.num_heads, -1))
+        down, across, seen = within_windows(cells, size, window)
+        along_h = self._along(q, self.rel_pos_h, down + (window or size[0]) - 1)
+        along_w = self._along(q, self.rel_pos_w, across + (window or size[1]) - 1)
+        return attention_rows(q, k, along_h[..., :, None] + along_w[..., None, :], seen)
+
+    @staticmethod
+    def _along(q: Float[Tensor, "B H Q d"], table: Float[Tensor, "2n-1 d"], index: Tensor) -> Float[Tensor, "B H Q n"]:
+        return torch.einsum("bmqd,bqnd->bmqn", q, table[index].to(q.dtype))
+
     def _bias(self, q: Float[Tensor, "n H L d"], size: tuple[int, int]) -> Float[Tensor, "n H L L"]:
         grid = torch.unflatten(q, 2, size)
         along_h = torch.einsum("nmhwd,hkd->nmhwk", grid, relative_positions(self.rel_pos_h, size[0]).to(q.dtype))
@@ -100,6 +120,10 @@ class Block(nn.Module):
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
+    def attention_rows(self, x: Float[Tensor, "B h w C"], places: Float[Tensor, "B Q 2"]) -> Float[Tensor, "B H Q h w"]:
+        """What some places of the block's input look at; computed beside `forward`, which never sees its weights."""
+        return self.attn.rows(self.norm1(x), places, self.window)
+
     def _attend(self, qkv: Float[Tensor, "B h w 3C"]) -> Float[Tensor, "B h w C"]:
         size = (qkv.shape[1], qkv.shape[2])
         if self.window == 0:
@@ -133,15 +157,24 @@ class ImageEncoderViT(nn.Module):
         )
         self.neck = neck(embed_dim)
         self.block_channels = [embed_dim] * depth
+        self.attending = list(range(depth))
 
     def forward(
-        self, pixels: Float[Tensor, "B 3 S S"], wanted: Sequence[int] = ()
-    ) -> tuple[Float[Tensor, "B C h w"], dict[int, Tensor]]:
-        """The last block's map, before the neck, and the outputs of the blocks `wanted`."""
+        self,
+        pixels: Float[Tensor, "B 3 S S"],
+        wanted: Collection[str] = (),
+        places: Float[Tensor, "B Q 2"] | None = None,
+    ) -> tuple[Float[Tensor, "B C h w"], dict[str, Tensor]]:
+        """The last block's map, before the neck, and what is `wanted`.
+
+        `blocks.N` is the output of a block, `attention.N` the rows of its attention at some `places`.
+        """
         x = self.patch_embed(pixels) + self.pos_embed
         seen = {}
         for index, block in enumerate(self.blocks):
+            if places is not None and f"attention.{index}" in wanted:
+                seen[f"attention.{index}"] = block.attention_rows(x, places)
             x = block(x)
-            if index in wanted:
-                seen[index] = x.permute(0, 3, 1, 2)
+            if f"blocks.{index}" in wanted:
+                seen[f"blocks.{index}"] = x.permute(0, 3, 1, 2)
         return x.permute(0, 3, 1, 2), seen
