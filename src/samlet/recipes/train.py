@@ -143,6 +143,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     )
     if state.step == 0 and config.model.batch_norm == "calibrated":
         calibrate(run)
+    accelerator.wait_for_everyone()  # what is written here must not look like an earlier run to a slower process
     if accelerator.is_main_process:
         images = [(record.image_id, record.image_path) for record in (*train_set.records, *val_set.records)]
         folder.write_config(plain_config(config))
