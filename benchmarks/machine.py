@@ -18,6 +18,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from samlet.engine.memory import keep_freed_memory
+
 Work = Callable[[], object]
 
 
@@ -45,6 +47,8 @@ class Bench:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         if threads:
             torch.set_num_threads(threads)
+        if device == "cpu":
+            keep_freed_memory()  # as training does
         if clock == "cpu" and (device != "cpu" or torch.get_num_threads() != 1):
             raise SystemExit("--clock cpu counts one thread of a CPU: add --device cpu --threads 1")
 

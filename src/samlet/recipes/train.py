@@ -7,7 +7,7 @@ configuration it goes on where it stopped, to the same weights as if it had neve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +22,18 @@ from torch.utils.data import DataLoader
 from samlet.config import RunConfig
 from samlet.data.dataset import SegmentationDataset, ValidationSet, collate
 from samlet.data.sampler import SampleKey, StepSampler, epoch_order
-from samlet.distill.configs import normalized_weights
-from samlet.distill.corrections import Corrections
-from samlet.distill.objectives import build_objectives
-from samlet.distill.teacher import Lesson, LiveTeacher, TeacherTeam
+from samlet.distill.teacher import Lesson, TeacherTeam
+from samlet.engine.assembly import build_step, build_team, load_teachers
 from samlet.engine.audit import audit_gradients
 from samlet.engine.checkpoint import TrainerState, save_checkpoint
 from samlet.engine.curves import plot_curves
 from samlet.engine.device import build_accelerator, place, to_device
 from samlet.engine.facts import facts_of_end, facts_of_start, refuse_other_config
-from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable
+from samlet.engine.finite import broken_terms, leave_out
+from samlet.engine.judgement import begin_next_stage, judge, lambda_at
+from samlet.engine.memory import keep_freed_memory, peak_memory, readable
+from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable, set_weight_decay
+from samlet.engine.plan import Pace
 from samlet.engine.processes import agreed, gather_random_states, gathered, total
 from samlet.engine.progress import StepProgress, shown_terms
 from samlet.engine.resume import resume
@@ -39,49 +41,74 @@ from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
 from samlet.engine.signals import StopRequest, leave_signals_to_the_run, listen_for_stop
 from samlet.engine.step import Counts, TrainStep, count_images
-from samlet.engine.validation import draw_overlays, validate
-from samlet.errors import DataError, SamletError
-from samlet.models import Sam, load_sam
+from samlet.engine.validation import ForgettingGuard, draw_overlays, validate
+from samlet.errors import DataError
+from samlet.models import Sam
 from samlet.types import Batch
 
 BATCHES_TO_CALIBRATE = 8
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the run: a complete configuration, and what was built of it around the one student."""
+
+    name: str
+    config: RunConfig
+    step: TrainStep
+    team: TeacherTeam | None
+    train_set: SegmentationDataset
+    steps: int  # optimizer steps, where it does not stop early
 
 
 @dataclass
 class Run:
     """What the loop carries."""
 
-    config: RunConfig
     accelerator: Accelerator
     folder: RunDir
     state: TrainerState
-    step: TrainStep
+    stages: tuple[Stage, ...]
+    pace: Pace
     wrapped: nn.Module
     optimizer: AcceleratedOptimizer
-    team: TeacherTeam | None
-    train_set: SegmentationDataset
     val_set: ValidationSet
+    guard: ForgettingGuard | None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the step that follows."""
+        return self.stages[self.state.stage]
+
+    @property
+    def config(self) -> RunConfig:
+        """The present stage's configuration."""
+        return self.stage.config
+
+    @property
+    def step(self) -> TrainStep:
+        """The present stage's training step."""
+        return self.stage.step
 
     @property
     def student(self) -> Sam:
-        """What is trained."""
+        """What is trained, through all stages."""
         return self.step.student
 
     @property
-    def micro_batches_per_epoch(self) -> int:
-        """Those of all processes together count as one."""
-        return -(-len(self.train_set) // self.config.training.batch_size)
+    def steps_in_stage(self) -> int:
+        """Optimizer steps of the present stage that are done."""
+        return self.state.step - self.state.stage_began
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        training = self.config.training
-        return training.max_steps or -(-training.epochs * self.micro_batches_per_epoch // training.accumulation)
+        """Optimizer steps of the whole run, if no stage to come stops early."""
+        return self.state.stage_began + sum(stage.steps for stage in self.stages[self.state.stage :])
 
-    def epoch_after(self, step: int) -> int:
-        """Epochs completed once `step` optimizer steps are done."""
-        return step * self.config.training.accumulation // self.micro_batches_per_epoch
+    def place(self, step: int, split: str) -> dict[str, Any]:
+        """The beginning of a row of metrics: step, epoch and split, and the stage where there are several."""
+        where = {"step": step, "epoch": self.pace.epochs(self.state.step), "split": split}
+        return {**where, "stage": self.stage.name} if self.stage.name else where
 
 
 def train(config: RunConfig) -> int:
@@ -91,6 +118,8 @@ def train(config: RunConfig) -> int:
         SamletError: something it was given cannot be used; nothing that was written before is lost.
     """
     accelerator = build_accelerator(config.training)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     folder = RunDir(config.output_dir)
     alone = folder.locked() if accelerator.is_main_process else nullcontext()
     with alone, listen_for_stop() as stop:
@@ -98,6 +127,7 @@ def train(config: RunConfig) -> int:
             run = set_up(config, accelerator, folder)
             if not run.state.finished:
                 fit(run, stop)
+                accelerator.print(f"peak memory {readable(peak_memory(accelerator.device))}")
             if run.state.finished:  # at this start or an earlier one, which may have been killed right here
                 finish(run)
             if config.logging.curves and accelerator.is_main_process and folder.metrics.exists():
@@ -111,13 +141,12 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     """Data, student, teachers, optimizer, and the state of an earlier start if there is one."""
     torch.manual_seed(config.seed)
     refuse_other_config(plain_config(config), folder)
-    size = config.model.image_size
     train_set = config.dataset.build_train(
-        image_size=size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
+        image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
     )
     val_set = config.dataset.build_val(seed=config.seed)
     student = config.model.build()
-    step = build_step(config, student)
+    place(student, accelerator.device, config.training)
     set_trainable(student, config.training.freeze, config.model.batch_norm)
     optimizer = build_optimizer(
         student,
@@ -125,21 +154,20 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
         weight_decay=config.training.weight_decay,
         betas=config.training.betas,
     )
-    place(step, accelerator.device, config.training)
     state = resume(config.resume, accelerator, folder, student, optimizer)
     if config.training.compile:
         student.image_encoder.compile()
+    stages = set_up_stages(config, accelerator.device, student, train_set)
     run = Run(
-        config=config,
         accelerator=accelerator,
         folder=folder,
         state=state,
-        step=step,
-        wrapped=step,
+        stages=stages,
+        pace=Pace.of(len(train_set), config.training),
+        wrapped=stages[0].step,
         optimizer=accelerator.prepare_optimizer(optimizer),
-        team=build_team(config, accelerator.device, step),
-        train_set=train_set,
         val_set=val_set,
+        guard=ForgettingGuard.of(config.validation),
     )
     if state.step == 0 and config.model.batch_norm == "calibrated":
         calibrate(run)
@@ -151,96 +179,81 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     return run
 
 
+def set_up_stages(
+    config: RunConfig, device: torch.device, student: Sam, train_set: SegmentationDataset
+) -> tuple[Stage, ...]:
+    """Every stage before the first step, so that what cannot be used stops no later one; teachers are loaded once."""
+    resolved, names = config.resolved(), [stage.name for stage in config.stages] or [""]
+    distils = any(found.distillation.enable for found in resolved)
+    teachers = config.teachers if distils else ()
+    models = load_teachers(teachers, config.model.image_size, device, config.training)
+    stages = []
+    for name, found in zip(names, resolved, strict=True):
+        step = build_step(student, found.loss, found.distillation, found.prompts)
+        place(step, device, config.training)
+        prompts, augmentation = found.prompts.build(found.dataset.mode), found.augmentation.build()
+        data = train_set.varied(prompts, augmentation)
+        team = build_team(found.teachers, models, step)
+        stages.append(Stage(name, found, step, team, data, Pace.of(len(data), found.training).steps(found.training)))
+    return tuple(stages)
+
+
 def calibrate(run: Run) -> None:
     """Measure BatchNorm statistics on the first images of the first epoch, the same ones in every process."""
-    order = epoch_order(len(run.train_set), run.config.seed, 0)[: BATCHES_TO_CALIBRATE * run.config.training.batch_size]
-    samples = [run.train_set[SampleKey(0, int(index))] for index in order]
+    data, batch_size = run.stage.train_set, run.config.training.batch_size
+    order = epoch_order(len(data), run.config.seed, 0)[: BATCHES_TO_CALIBRATE * batch_size]
+    samples = [data[SampleKey(0, int(index))] for index in order]
     size = max(len(samples) // BATCHES_TO_CALIBRATE, 1)
     batches = (collate(samples[start : start + size]) for start in range(0, len(samples), size))
     calibrate_batch_norm(run.student, (on_device(batch, run).pixels for batch in batches))
 
 
-def build_step(config: RunConfig, student: Sam) -> TrainStep:
-    """The training step around a student."""
-    prompts = config.prompts
-    return TrainStep(
-        student,
-        config.loss,
-        build_objectives(config.distillation),
-        config.distillation.lambda_coef,
-        team=config.distillation.team,
-        trust=config.distillation.trust,
-        corrections=Corrections(prompts.correction_rounds, prompts.correction_mask_input, prompts.correction_min_cells),
-    )
-
-
-def build_team(config: RunConfig, device: torch.device, step: TrainStep) -> TeacherTeam | None:
-    """The teachers, frozen and on the device; none where nothing is distilled."""
-    if not step.objectives:
-        return None
-    encoder_taps = sorted({tap for objective in step.objectives for tap in objective.teacher_taps})
-    teachers = []
-    for teacher in config.teachers:
-        sam = load_sam(teacher.checkpoint, image_size=teacher.image_size or config.model.image_size)
-        place(sam, device, config.training)
-        if config.training.compile:
-            sam.image_encoder.compile()
-        precision = None if teacher.precision is None else PRECISIONS[teacher.precision]
-        live = LiveTeacher(
-            teacher.name, sam, encoder_taps, step.decoder_taps, precision=precision, offload=teacher.offload
-        )
-        teachers.append(live)
-    return TeacherTeam(teachers, normalized_weights(config.teachers))
-
-
 def wrap(run: Run) -> None:
-    """Wrap the step for precision and processes; again whenever the set of trainable weights changes."""
-    inner = run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+    """Wrap the step for precision and processes; again whenever it or the set of trainable weights changes."""
+    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
     run.accelerator._models.clear()  # it keeps every model it has ever wrapped
-    run.wrapped = run.accelerator.prepare_model(inner)
+    run.wrapped = run.accelerator.prepare_model(run.step)
 
 
-def enter_training_mode(run: Run, epoch: int) -> None:
-    """Train mode, less what is frozen in this epoch."""
-    training = run.config.training
-    thawed = training.unfreeze_epoch is not None and epoch >= training.unfreeze_epoch
-    set_trainable(run.student, () if thawed else training.freeze, run.config.model.batch_norm)
-
-
-def thaws_at(run: Run, step: int) -> bool:
-    """Whether the frozen parts begin to train with this step."""
-    epoch = run.config.training.unfreeze_epoch
-    return epoch is not None and step > 0 and run.epoch_after(step - 1) < epoch <= run.epoch_after(step)
+def enter_training_mode(run: Run) -> None:
+    """Train mode, less what is frozen in the step that follows."""
+    frozen = run.pace.frozen_at(run.steps_in_stage, run.config.training)
+    set_trainable(run.student, frozen, run.config.model.batch_norm)
 
 
 def fit(run: Run, stop: StopRequest) -> None:
-    """The loop: one pass is one optimizer step."""
-    config, state = run.config, run.state
-    batches = load_batches(run)
-    audited = False
-    enter_training_mode(run, run.epoch_after(state.step))
-    wrap(run)
+    """The loop: one pass is one optimizer step, of whichever stage its turn is."""
+    state, entered, batches = run.state, -1, iter(list[Batch]())
     with StepProgress(run.total_steps, state.step, shown=run.accelerator.is_main_process) as progress:
-        while state.step < run.total_steps and not state.finished:
-            if thaws_at(run, state.step):
-                enter_training_mode(run, run.epoch_after(state.step))
+        if run.guard is not None and state.retention_reference is None:
+            validate_and_judge(run, progress)  # the untouched student: what there is to keep
+        while not state.finished:
+            training = run.config.training
+            if entered != state.stage or run.pace.thaws_at(run.steps_in_stage, training):
+                set_weight_decay(run.optimizer, training.weight_decay)
+                enter_training_mode(run)
                 wrap(run)
-            window = [next(batches) for _ in range(config.training.accumulation)]
-            if not audited:
+            begins, is_start = entered != state.stage, entered < 0
+            if begins:
+                entered, batches = state.stage, load_batches(run)
+            window = [next(batches) for _ in range(training.accumulation)]
+            if is_start:
                 audit(run, window[0])
-                audited = True
             row = optimizer_step(run, window)
             state.step += 1
             report_skipped(run, window, progress)
-            if run.accelerator.is_main_process and row and state.step % config.logging.every_steps == 0:
-                run.folder.log(row, events=config.logging.tensorboard)
+            if run.accelerator.is_main_process and row and state.step % run.config.logging.every_steps == 0:
+                run.folder.log(row, events=run.config.logging.tensorboard)
             progress.advance(state.step, shown_terms(row))
+            saves, over = checkpoint_is_due(run), run.steps_in_stage >= run.stage.steps
             if validation_is_due(run):
-                validate_and_judge(run, progress)
-                enter_training_mode(run, run.epoch_after(state.step))
+                over |= validate_and_judge(run, progress)
+                enter_training_mode(run)
+            if over:
+                begin_next_stage(state, len(run.stages))
+                progress.total = run.total_steps
             stopping = agreed(run.accelerator, stop.signal is not None)
-            state.finished = state.finished or state.step >= run.total_steps
-            if checkpoint_is_due(run) or stopping or state.finished:
+            if saves or stopping or over:
                 save(run)
             if stopping and not state.finished:
                 progress.say(f"stopped at step {state.step}; the same command goes on from here")
@@ -251,14 +264,15 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
     """Forward and backward over the micro-batches of one step, then update; the row to log (none if left out)."""
     training, accelerator = run.config.training, run.accelerator
     rate = learning_rate(
-        run.state.step,
-        total_steps=run.total_steps,
+        run.steps_in_stage,
+        total_steps=run.stage.steps,
         peak=training.learning_rate,
         floor=training.min_learning_rate,
         warmup_steps=training.warmup_steps,
     )
     for group in run.optimizer.param_groups:
         group["lr"] = rate
+    run.step.lambda_coef = lambda_at(run.state, run.config.distillation)
     run.optimizer.zero_grad()
     counts = Counts(*total(accelerator, torch.tensor(count_images(window), dtype=torch.float64)).tolist())
     sums: dict[str, Tensor] = {}
@@ -266,7 +280,7 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
         last = number == len(window)
         with nullcontext() if last else accelerator.no_sync(run.wrapped):
             batch = on_device(batch, run)._replace(draw=draw_of(run))  # noqa: PLW2901
-            loss, terms = run.wrapped(batch, teach(run, batch), counts)
+            loss, terms = run.wrapped(batch, teach(run, run.stage, batch), counts)
             # The processes' gradients are averaged, while every process holds its share of one sum.
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in terms.raw.items():
@@ -275,13 +289,17 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
         for name, value in terms.seen.items():
             sums[name] = sums.get(name, 0) + value.detach()
     values = dict(zip(sums, total(accelerator, torch.stack(list(sums.values()))).tolist(), strict=True))
-    norm = accelerator.clip_grad_norm_(run.student.parameters(), training.max_grad_norm or float("inf"))
-    if not all_finite(run, values, float(norm), window):
+    norm = accelerator.clip_grad_norm_(run.step.parameters(), training.max_grad_norm or float("inf"))
+    broken = broken_terms(values)
+    if broken or not math.isfinite(norm):
+        about = {"state": run.state, "training": training, "optimizer": run.optimizer, "accelerator": accelerator}
+        leave_out(broken, window, **about)
         return {}
     run.optimizer.step()
     loss_value = sum(value for name, value in values.items() if name.endswith("/weighted"))
-    where: dict[str, Any] = {"step": run.state.step + 1, "epoch": run.epoch_after(run.state.step), "split": "train"}
-    return {**where, "loss": loss_value, "lr": rate, "grad_norm": float(norm), **values}
+    where = run.place(run.state.step + 1, "train")
+    coefficient = {"lambda": run.step.lambda_coef} if run.step.objectives else {}
+    return {**where, "loss": loss_value, "lr": rate, **coefficient, "grad_norm": float(norm), **values}
 
 
 def draw_of(run: Run) -> int:
@@ -289,55 +307,36 @@ def draw_of(run: Run) -> int:
     return int(np.random.SeedSequence([run.config.seed, run.state.step]).generate_state(1)[0])
 
 
-def teach(run: Run, batch: Batch) -> tuple[Lesson, ...]:
+def teach(run: Run, stage: Stage, batch: Batch) -> tuple[Lesson, ...]:
     """The teachers' answers to a batch, in the run's precision."""
-    if run.team is None:
+    if stage.team is None:
         return ()
     with torch.no_grad(), run.accelerator.autocast():
-        return run.team.teach(batch)
-
-
-def all_finite(run: Run, values: Mapping[str, float], norm: float, window: Sequence[Batch]) -> bool:
-    """Whether the step may be taken; every process sees the same numbers and decides alike.
-
-    Raises:
-        SamletError: it may not, and the configuration does not let it be left out; names the terms and images.
-    """
-    broken = [name for name, value in values.items() if not math.isfinite(value) and not name.endswith("/weighted")]
-    if not broken and math.isfinite(norm):
-        return True
-    if not broken and run.accelerator.scaler is not None:
-        run.optimizer.step()  # fp16 overflowed: the scaler leaves the step out itself and lowers its scale
-        return False
-    images = gathered([name for batch in window for name in batch.image_ids], run.accelerator)
-    what = f"{', '.join(broken) or 'the gradient'} not finite at step {run.state.step + 1}, images {', '.join(images)}"
-    run.state.skipped_steps += 1
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.update()  # the gradients were unscaled already, and no step follows that would do it
-    training = run.config.training
-    if training.non_finite == "abort" or run.state.skipped_steps > training.max_skipped_steps:
-        raise SamletError(
-            f"{what}; no step was taken with it, and the last checkpoint is good. Look at these images with "
-            "`samlet check-data`, lower training.learning_rate, or set training.non_finite to 'skip'"
-        )
-    run.accelerator.print(f"left out: {what} ({run.state.skipped_steps} of {training.max_skipped_steps})")
-    return False
+        return stage.team.teach(batch)
 
 
 def audit(run: Run, batch: Batch) -> None:
-    """Refuse terms that teach nothing; in eval mode, so that BatchNorm does not count this batch twice."""
-    run.step.eval()
+    """Refuse terms that teach nothing, in this stage and all to come, before there is anything to lose.
+
+    In eval mode, so that BatchNorm does not count this batch twice.
+    """
     batch = on_device(batch, run)._replace(draw=draw_of(run))
-    _, terms = run.step(batch, teach(run, batch), Counts(*map(float, count_images([batch]))))
-    audit_gradients(terms, run.step)
-    enter_training_mode(run, run.epoch_after(run.state.step))
+    counts = Counts(*map(float, count_images([batch])))
+    for stage in run.stages[run.state.stage :]:
+        steps = run.steps_in_stage if stage is run.stage else 0
+        set_trainable(run.student, run.pace.frozen_at(steps, stage.config.training), stage.config.model.batch_norm)
+        stage.step.eval()
+        with run.accelerator.autocast():
+            _, terms = stage.step(batch, teach(run, stage, batch), counts)
+        audit_gradients(terms, stage.step, stage.name)
+    enter_training_mode(run)
 
 
 def load_batches(run: Run) -> Iterator[Batch]:
     """Micro-batches of this process from the state's position on, without end."""
     training = run.config.training
     sampler = StepSampler(
-        len(run.train_set),
+        len(run.stage.train_set),
         run.config.seed,
         training.batch_size,
         rank=run.accelerator.process_index,
@@ -345,7 +344,7 @@ def load_batches(run: Run) -> Iterator[Batch]:
         start_step=run.state.step * training.accumulation,
     )
     loader = DataLoader(
-        run.train_set,
+        run.stage.train_set,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=training.num_workers,
@@ -373,39 +372,42 @@ def report_skipped(run: Run, window: Sequence[Batch], progress: StepProgress) ->
 
 
 def validation_is_due(run: Run) -> bool:
-    """At the end of every n-th epoch or after every n steps, and at the end of the run."""
-    config, step = run.config.validation, run.state.step
-    if step >= run.total_steps:
-        return True
-    if config.every_steps is not None:
-        return step % config.every_steps == 0
-    return run.epoch_after(step) // config.every_epochs > run.epoch_after(step - 1) // config.every_epochs
+    """After every n epochs or steps of a stage, and at its end."""
+    return run.pace.validates_after(run.steps_in_stage, run.config.training, run.config.validation)
 
 
-def validate_and_judge(run: Run, progress: StepProgress) -> None:
-    """Measure the student; note, keep and draw what came out; end the run if it has stopped to improve."""
+def validate_and_judge(run: Run, progress: StepProgress) -> bool:
+    """Measure the student; note, keep and draw what came out; whether the stage has stopped to improve."""
     config, state = run.config.validation, run.state
     run.student.eval()
     metrics = validate(run.student, run.val_set, run.accelerator, config.max_images)
-    value = metrics[config.metric]
-    state.validations_without_best += 1
-    if state.best is None or value > state.best:
-        state.best, state.best_step, state.validations_without_best = value, state.step, 0
-    patience = config.early_stopping_patience
-    if patience is not None and state.validations_without_best >= patience:
-        state.finished = True
-        progress.say(f"stopping early: no better {config.metric} in {patience} validations")
+    drop, patience = 0.0, config.early_stopping_patience
+    if run.guard is not None:
+        metrics |= run.guard.measure(run.student, run.accelerator)
+        drop = run.guard.drop(metrics, state)
+    eligible = run.guard is None or run.guard.allows(drop)
+    found = judge(
+        state, metrics[config.metric], patience=patience, distillation=run.config.distillation, eligible=eligible
+    )
+    if found.lowered_lambda is not None:
+        progress.say(f"step {state.step}: {config.metric} is on a plateau; lambda is now {found.lowered_lambda:g}")
+    if found.ends_stage:
+        what = f"stage {run.stage.name}" if run.stage.name else "early"
+        progress.say(f"stopping {what}: no better {config.metric} in {patience} validations")
     if not run.accelerator.is_main_process:
-        return
-    where: dict[str, Any] = {"step": state.step, "epoch": run.epoch_after(state.step), "split": "val"}
-    run.folder.log({**where, **metrics}, events=run.config.logging.tensorboard)
+        return found.ends_stage
+    row = {**run.place(state.step, "val"), **metrics}
+    run.folder.log(row, events=run.config.logging.tensorboard)
     progress.say(
         f"step {state.step}: point mIoU {metrics['point_miou']:.4f}, box mIoU {metrics['box_miou']:.4f}"
-        + (", the best so far" if state.best_step == state.step else "")
+        + ("" if run.guard is None else run.guard.describe(metrics, drop))
+        + (", the best so far" if found.is_best else "")
     )
-    if state.best_step == state.step:
-        run.folder.save_best(run.student, {**where, **metrics})
-    draw_overlays(run.folder.overlays / f"step-{state.step:08d}", run.val_set, run.student, run.team, config.overlays)
+    if found.is_best:
+        run.folder.save_best(run.student, row)
+    overlays = run.folder.overlays / f"step-{state.step:08d}"
+    draw_overlays(overlays, run.val_set, run.student, run.stage.team, config.overlays)
+    return found.ends_stage
 
 
 def checkpoint_is_due(run: Run) -> bool:
