@@ -229,11 +229,11 @@ def test_the_audit_refuses_a_detached_term() -> None:
 def test_a_block_tap_is_compared_through_the_neck(batch: Batch) -> None:
     config = only("encoder_patch", teacher_tap="blocks.-2", student_tap="blocks.-1")
     objective = build_objectives(config)[0]
-    assert (objective.teacher_taps, objective.student_taps) == (("blocks.-2",), ("blocks.-1",))
+    assert (objective.teacher_taps, objective.student_taps) == (("blocks.-2@neck",), ("blocks.-1@neck",))
     torch.manual_seed(1)
     teacher = LiveTeacher("T", build_sam("vit_b", IMAGE_SIZE, **TEACHER), objective.teacher_taps)
     lesson = TeacherTeam([teacher], [1.0]).teach(batch)[0]
-    assert lesson.features.taps["blocks.-2"].shape[1] == 256
+    assert lesson.features.taps["blocks.-2@neck"].shape[1] == 256
     step = TrainStep(make_student(), NO_TASK, [objective])
     loss, _ = step(batch, (lesson,), counts_of(batch))
     loss.backward()

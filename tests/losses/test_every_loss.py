@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from samlet.losses import (
+    attention_matching_loss,
     decoder_mask_token_loss,
+    decoder_matching_loss,
     dense_mask_logits_loss,
     dice_loss,
+    encoder_matching_loss,
     encoder_patch_loss,
     focal_loss,
     iou_loss,
     prompt_embed_loss,
+    rkd_loss,
 )
 
 
@@ -33,6 +37,19 @@ class Case(NamedTuple):
 def _iou_of_fixed_logits(predictions: Tensor, masks: Tensor, *rest: Tensor | None, **options: str) -> Tensor:
     logits = (2 * masks - 1)[:, None].expand(-1, 3, -1, -1).detach()
     return iou_loss(predictions, logits, masks.detach(), *rest, **options)  # type: ignore[arg-type]
+
+
+def _two_layers(student: Tensor, teacher: Tensor, valid: Tensor | None = None, **options: str) -> Tensor:
+    """encoder_matching on the maps and on their first channels, as a second layer of another width."""
+    of_student, of_teacher = [student, student[:, :4]], [teacher, teacher[:, :4]]
+    covered = None if valid is None else [valid, valid]
+    return encoder_matching_loss(of_student, of_teacher, covered, **options)  # type: ignore[arg-type]
+
+
+def _attention_of_scores(student: Tensor, teacher: Tensor, **options: str) -> Tensor:
+    """attention_matching as a function of scores, so that what goes in has no constraint."""
+    wide = [side.to(torch.promote_types(side.dtype, torch.float32)).softmax(dim=-1) for side in (student, teacher)]
+    return attention_matching_loss(*wide, **options)  # type: ignore[arg-type]
 
 
 def _draw(*shape: int) -> Callable[[Tensor, int, int], Tensor]:
@@ -55,11 +72,24 @@ CASES = {
     "prompt_embed": Case(prompt_embed_loss, _draw(0, 6, -1, -1), _draw(0, 6, -1, -1)),
     "decoder_mask_token": Case(decoder_mask_token_loss, _draw(0, 4, 6), _draw(0, 4, 6), grid=False),
     "dense_mask_logits": Case(dense_mask_logits_loss, _draw(0, 3, -1, -1), _draw(0, 3, -1, -1)),
+    "encoder_matching": Case(_two_layers, _draw(0, 6, -1, -1), _draw(0, 6, -1, -1)),
+    "decoder_matching": Case(decoder_matching_loss, _draw(0, 6, -1, -1), _draw(0, 6, -1, -1)),
+    "attention_matching": Case(_attention_of_scores, _draw(0, 2, 4, 6), _draw(0, 2, 4, 6), grid=False),
+    "rkd": Case(rkd_loss, _draw(0, 5, 6), _draw(0, 5, 4), grid=False),
     "focal": Case(focal_loss, _draw(0, 3, -1, -1), _shares),
     "dice": Case(dice_loss, _draw(0, 3, -1, -1), _shares),
     "iou": Case(_iou_of_fixed_logits, _draw(0, 3), _shares),
 }
-DISTILLATION = ["encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"]
+DISTILLATION = [
+    "encoder_patch",
+    "prompt_embed",
+    "decoder_mask_token",
+    "dense_mask_logits",
+    "encoder_matching",
+    "decoder_matching",
+    "attention_matching",
+    "rkd",
+]
 every_case = pytest.mark.parametrize("name", sorted(CASES))
 every_distillation = pytest.mark.parametrize("name", DISTILLATION)
 every_grid = pytest.mark.parametrize("name", sorted(name for name, case in CASES.items() if case.grid))
@@ -123,6 +153,7 @@ def test_gradcheck(name: str) -> None:
 
 @every_case
 def test_compiles_without_graph_breaks(name: str) -> None:
+    torch.compiler.reset()  # all losses share the wrapper that is compiled, and it may not be compiled without end
     student, teacher = _pair(name, dtype=torch.float32)
     loss = CASES[name].loss
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
@@ -236,7 +267,17 @@ def test_a_step_down_the_gradient_nears_the_teacher(name: str) -> None:
     assert CASES[name].loss(student, teacher) < start / 20
 
 
-@pytest.mark.parametrize("name", ["encoder_patch", "prompt_embed", "dense_mask_logits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder_patch",
+        "prompt_embed",
+        "dense_mask_logits",
+        "encoder_matching",
+        "decoder_matching",
+        "attention_matching",
+    ],
+)
 def test_permuted_channels_or_masks_are_another_thing(name: str) -> None:
     """Pitfalls 2 and 11: channels are compared with their own, masks with those of the same index."""
     _, teacher = _pair(name)
@@ -247,5 +288,5 @@ def test_permuted_channels_or_masks_are_another_thing(name: str) -> None:
 def test_mismatched_channels_are_refused(name: str) -> None:
     """Pitfall 4: nothing is averaged, tiled or broadcast in silence."""
     student, teacher = _pair(name)
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match=r"same (shape|images and patches)"):
         CASES[name].loss(student, teacher[:, :1])

@@ -9,14 +9,19 @@ import torch
 from pydantic import ValidationError
 
 from samlet.losses import (
+    AttentionMatchingConfig,
     DecoderMaskTokenConfig,
+    DecoderMatchingConfig,
     DenseMaskLogitsConfig,
+    EncoderMatchingConfig,
     EncoderPatchConfig,
     PromptEmbedConfig,
+    RkdConfig,
     TaskLossConfig,
     dense_mask_logits_loss,
     task_loss,
 )
+from samlet.losses.configs import evenly_spaced
 from samlet.schema import StrictModel
 
 CONFIGS: dict[str, type[StrictModel]] = {
@@ -24,9 +29,14 @@ CONFIGS: dict[str, type[StrictModel]] = {
     "prompt_embed": PromptEmbedConfig,
     "decoder_mask_token": DecoderMaskTokenConfig,
     "dense_mask_logits": DenseMaskLogitsConfig,
+    "encoder_matching": EncoderMatchingConfig,
+    "decoder_matching": DecoderMatchingConfig,
+    "attention_matching": AttentionMatchingConfig,
+    "rkd": RkdConfig,
     "task": TaskLossConfig,
 }
 DISTILLATION = sorted(set(CONFIGS) - {"task"})
+SNIPPETS = ["decoder_mask_token", "dense_mask_logits", "encoder_patch", "prompt_embed"]
 
 # the configuration snippet that users have, key by key
 SNIPPET = """{
@@ -37,7 +47,7 @@ SNIPPET = """{
 }"""
 
 
-@pytest.mark.parametrize("name", DISTILLATION)
+@pytest.mark.parametrize("name", SNIPPETS)
 def test_the_known_snippet_validates_as_it_is_and_says_the_defaults(name: str) -> None:
     block = CONFIGS[name].model_validate_json(json.dumps(json.loads(SNIPPET)[name]))
     assert block == CONFIGS[name].model_validate({"enable": True})
@@ -63,6 +73,18 @@ def test_every_field_explains_itself(name: str) -> None:
         ("decoder_mask_token", "temperature", 0.0),
         ("dense_mask_logits", "temperature", -1.0),
         ("dense_mask_logits", "gamma", 0.5),
+        ("encoder_patch", "projection", "mean"),
+        ("encoder_matching", "layers", 0),
+        ("encoder_matching", "layers", []),
+        ("encoder_matching", "projection", "tile"),
+        ("encoder_matching", "temperature", 0.0),
+        ("decoder_matching", "features", []),
+        ("decoder_matching", "features", ["logits"]),
+        ("attention_matching", "decoder", ["0.cross"]),
+        ("attention_matching", "encoder", -1),
+        ("rkd", "patches", 2),
+        ("rkd", "patches", 1000),
+        ("rkd", "w_angle", -1.0),
         ("task", "iou_kind", "l2"),
         ("task", "focal_alpha", 1.5),
         ("task", "dice", float("inf")),
@@ -76,15 +98,34 @@ def test_nonsense_is_refused(name: str, field: str, value: object) -> None:
 def test_every_distillation_setting_has_an_effect() -> None:
     """Pitfall 35: a documented key that nobody reads is a lie."""
     generator = torch.Generator().manual_seed(0)
-    maps, tokens = (4, 6, 3, 3), (4, 4, 6)
+    shapes = {"decoder_mask_token": (4, 4, 6), "rkd": (4, 5, 6)}
+    by_the_distiller = {"enable", "weight", "layer", "teacher_tap", "student_tap", "projection"} | {
+        *{"layers", "features", "patches"},
+        *{"decoder", "encoder", "resample"},
+    }
     for name in DISTILLATION:
-        shape = tokens if name == "decoder_mask_token" else maps
-        student, teacher = (2 * torch.randn(shape, generator=generator) for _ in range(2))
-        plain = CONFIGS[name]().build()(student, teacher)  # type: ignore[attr-defined]
-        elsewhere = {"enable", "weight", "layer", "teacher_tap", "student_tap"}  # read by the distiller
-        for field in set(CONFIGS[name].model_fields) - elsewhere:
-            changed = CONFIGS[name].model_validate({field: 3.0}).build()(student, teacher)  # type: ignore[attr-defined]
+        student, teacher = (2 * torch.randn(shapes.get(name, (4, 6, 3, 3)), generator=generator) for _ in range(2))
+        pair = ([student], [teacher]) if name == "encoder_matching" else (student, teacher)
+        if name == "attention_matching":
+            continue  # it has no settings but what is compared
+        plain = CONFIGS[name]().build()(*pair)  # type: ignore[attr-defined]
+        for field in set(CONFIGS[name].model_fields) - by_the_distiller:
+            changed = CONFIGS[name].model_validate({field: 3.0}).build()(*pair)  # type: ignore[attr-defined]
             assert not torch.allclose(changed, plain), f"{name}.{field} changes nothing"
+
+
+def test_layers_by_number_are_evenly_spaced_depths() -> None:
+    assert evenly_spaced(2) == (("blocks.1/2", "blocks.1/2"), ("blocks.2/2", "blocks.2/2"))
+    assert evenly_spaced(0, "attention") == ()
+    assert evenly_spaced((("blocks.-1", "blocks.30"),)) == (("blocks.-1", "blocks.30"),)
+    config = EncoderMatchingConfig.model_validate_json('{"layers": [["blocks.-1", "blocks.30"], ["neck", "neck"]]}')
+    assert config.layers == (("blocks.-1", "blocks.30"), ("neck", "neck"))
+
+
+def test_attention_matching_of_nothing_is_a_mistake() -> None:
+    assert [loc for loc, _ in AttentionMatchingConfig(decoder=()).mistakes()] == [("decoder",)]
+    assert list(AttentionMatchingConfig(decoder=(), encoder=2).mistakes()) == []
+    assert list(AttentionMatchingConfig(decoder=(), enable=False).mistakes()) == []
 
 
 def test_the_built_losses_are_the_functions_with_their_settings() -> None:

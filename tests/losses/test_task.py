@@ -134,6 +134,7 @@ def test_gradcheck() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
+    torch.compiler.reset()
     arguments = (*_scene(), _all(True))
     compiled = torch.compile(task_loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*arguments), task_loss(*arguments))

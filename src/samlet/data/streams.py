@@ -18,6 +18,7 @@ class Stream(IntEnum):
     PROMPT = 4
     SCENE = 5
     CORRECTION = 6
+    PLACES = 7
 
 
 def generator(stream: Stream, seed: int, epoch: int = 0, index: int = 0, item: int = 0) -> np.random.Generator:

@@ -9,14 +9,31 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from samlet.losses.configs import (
+    AttentionMatchingConfig,
     DecoderMaskTokenConfig,
+    DecoderMatchingConfig,
     DenseMaskLogitsConfig,
+    EncoderMatchingConfig,
     EncoderPatchConfig,
     PromptEmbedConfig,
+    RkdConfig,
 )
 from samlet.schema import ExistingPath, Loc, StrictModel
 
-TermConfig = EncoderPatchConfig | PromptEmbedConfig | DecoderMaskTokenConfig | DenseMaskLogitsConfig
+TermConfig = (
+    EncoderPatchConfig
+    | PromptEmbedConfig
+    | DecoderMaskTokenConfig
+    | DenseMaskLogitsConfig
+    | EncoderMatchingConfig
+    | DecoderMatchingConfig
+    | AttentionMatchingConfig
+    | RkdConfig
+)
+TERMS = (
+    *("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"),
+    *("encoder_matching", "decoder_matching", "attention_matching", "rkd"),
+)
 
 
 TeamRule = Literal["static", "per_sample"]
@@ -40,6 +57,21 @@ class TeacherConfig(StrictModel):
     """Keep its image encoder in main memory and bring it to the device for each batch: slower, less device memory."""
 
 
+class DynamicLambdaConfig(StrictModel):
+    """Lower lambda_coef when validation stops to improve: the student has learnt what the teacher has to say."""
+
+    enable_plateau_scheduler: bool = False
+    """Whether lambda_coef is lowered at all."""
+    factor: float = Field(0.5, gt=0, lt=1)
+    """lambda_coef is multiplied by it."""
+    patience: int = Field(3, ge=1)
+    """Validations without improvement after which it is; the count then begins anew."""
+    min: float = Field(0.0, ge=0)
+    """lambda_coef is never lowered below this."""
+    threshold: float = Field(0.001, ge=0)
+    """What `validation.metric` must gain over its best so far to count as improvement."""
+
+
 class DistillationConfig(StrictModel):
     """Loss = task loss + lambda_coef * sum of weight * term, averaged over the teachers."""
 
@@ -47,6 +79,10 @@ class DistillationConfig(StrictModel):
     """Learn from the teachers; false: from the ground truth alone."""
     lambda_coef: float = Field(1.0, ge=0)
     """Scales the whole distillation loss against the task loss."""
+    lambda_warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which lambda_coef rises linearly from 0."""
+    dynamic_lambda: DynamicLambdaConfig = DynamicLambdaConfig()
+    """Lower lambda_coef when validation stops to improve; it is never raised again."""
     team: TeamRule = "static"
     """static: every teacher counts by its weight. per_sample: for each object only the teacher whose mask has the best
     IoU with the ground truth counts; without ground truth the most confident one."""
@@ -66,10 +102,18 @@ class DistillationConfig(StrictModel):
     """The decoder's four mask tokens."""
     dense_mask_logits: DenseMaskLogitsConfig = DenseMaskLogitsConfig()
     """Mask logits, pixel by pixel."""
+    encoder_matching: EncoderMatchingConfig = EncoderMatchingConfig(enable=False)
+    """Several layers of the image encoder at once."""
+    decoder_matching: DecoderMatchingConfig = DecoderMatchingConfig(enable=False)
+    """What the mask decoder multiplies into logits: upscaled features and the masks' vectors."""
+    attention_matching: AttentionMatchingConfig = AttentionMatchingConfig(enable=False)
+    """Attention maps of the mask decoder and of the image encoder."""
+    rkd: RkdConfig = RkdConfig(enable=False)
+    """How the patches of an image lie to each other: distances and angles."""
 
     def terms(self) -> Iterator[tuple[str, TermConfig]]:
         """The objectives that take part, by name."""
-        for name in ("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"):
+        for name in TERMS:
             term: TermConfig = getattr(self, name)
             if self.enable and term.enable:
                 yield name, term
@@ -81,6 +125,8 @@ class DistillationConfig(StrictModel):
                 ("use_precomputed_features",),
                 "this version runs its teachers online; set it to false and name them under teachers",
             )
+        if self.dynamic_lambda.enable_plateau_scheduler and self.dynamic_lambda.min > self.lambda_coef:
+            yield ("dynamic_lambda", "min"), f"is above lambda_coef ({self.lambda_coef:g}), which only ever falls"
         if self.enable and not list(self.terms()):
             yield ("enable",), "is true, but every term is disabled; enable one, or set it to false"
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-STREAM = "prompted."  # decoder taps that are maps over the image; all others are vectors
+MAPS = ("prompted.", "upscaled")  # decoder taps that are maps over the image; all others stay as they are
+ATTENTION = "attention."  # encoder taps that are weights over a grid, which sum to 1 only on their own
 
 
 def resized(maps: Float[Tensor, "N C h w"], side: int) -> Float[Tensor, "N C side side"]:
@@ -44,17 +45,18 @@ def features_at(features: ImageFeatures, source: int, target: int) -> ImageFeatu
     """Embedding and taps on the grids that a model of input size `target` would have."""
     if source == target:
         return features
-    taps = {name: _rescaled(tap, source, target) for name, tap in features.taps.items()}
+    taps = {
+        name: tap if name.startswith(ATTENTION) else _rescaled(tap, source, target)
+        for name, tap in features.taps.items()
+    }
     return ImageFeatures(_rescaled(features.embedding, source, target), taps)
 
 
 def output_at(output: MaskOutput, source: int, target: int) -> MaskOutput:
-    """Masks and image streams on the grids that a model of input size `target` would have."""
+    """Masks and maps on the grids that a model of input size `target` would have."""
     if source == target:
         return output
-    taps = {
-        name: _rescaled(tap, source, target) if name.startswith(STREAM) else tap for name, tap in output.taps.items()
-    }
+    taps = {name: _rescaled(tap, source, target) if name.startswith(MAPS) else tap for name, tap in output.taps.items()}
     return output._replace(low_res_logits=_rescaled(output.low_res_logits, source, target), taps=taps)
 
 

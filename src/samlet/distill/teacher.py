@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from samlet.distill.frames import features_at, output_at, pixels_at, prompts_at
-from samlet.distill.views import encode_projected
+from samlet.distill.layers import attention_places
+from samlet.distill.views import channels_of, encode_tapped
 from samlet.types import Batch, ImageFeatures, MaskOutput, Prompts
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Teacher(Protocol):
     image_size: int
 
     def encode(self, batch: Batch) -> ImageFeatures:
-        """Image embedding and encoder taps of a batch, brought to 256 channels."""
+        """Image embedding and encoder taps of a batch; taps ending in `@neck` are brought to 256 channels."""
         ...
 
     def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskOutput:
@@ -60,7 +61,8 @@ class LiveTeacher:
         offload: bool = False,
     ) -> None:
         for tap in encoder_taps:
-            sam.tap_channels(tap)
+            channels_of(sam, tap)
+        sam.check_decoder_taps(decoder_taps)
         self.name = name
         self.image_size = sam.image_size
         self.sam = sam.requires_grad_(False).eval()
@@ -77,11 +79,12 @@ class LiveTeacher:
     def encode(self, batch: Batch) -> ImageFeatures:
         """Run the image encoder."""
         pixels = pixels_at(batch.pixels, self.image_size)
+        places = attention_places(batch, self.encoder_taps)
         with self._present(pixels.device):
             if self.precision is None:
-                return encode_projected(self.sam, pixels, self.encoder_taps)
+                return encode_tapped(self.sam, pixels, self.encoder_taps, places)
             with torch.autocast(pixels.device.type, enabled=False):
-                features = encode_projected(self.sam, pixels.to(self.precision), self.encoder_taps)
+                features = encode_tapped(self.sam, pixels.to(self.precision), self.encoder_taps, places)
             taps = {name: tap.to(pixels.dtype) for name, tap in features.taps.items()}
             return ImageFeatures(features.embedding.to(pixels.dtype), taps)
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from samlet.models.sam import Sam
 
 
+NECK = "@neck"  # ends the name of a block that is wanted through the model's own frozen neck convolution
+EMBED_DIM = 256
+
+
 class View(NamedTuple):
     """One model's features of the images and its answers to the prompts."""
 
@@ -21,11 +25,26 @@ class View(NamedTuple):
     output: MaskOutput
 
 
-def encode_projected(sam: Sam, pixels: Float[Tensor, "B 3 S S"], taps: Sequence[str]) -> ImageFeatures:
-    """`Sam.encode` with block taps brought to 256 channels by the model's own frozen neck convolution."""
-    features = sam.encode(pixels, taps=taps)
-    projected = {
-        name: sam.project_to_neck(value) if name.startswith("blocks.") else value
-        for name, value in features.taps.items()
+def encode_tapped(
+    sam: Sam, pixels: Float[Tensor, "B 3 S S"], taps: Sequence[str], places: Float[Tensor, "B Q 2"] | None = None
+) -> ImageFeatures:
+    """`Sam.encode`, with those taps that end in `@neck` brought to 256 channels by the frozen neck convolution."""
+    asked = list(dict.fromkeys(name.removesuffix(NECK) for name in taps))
+    features = sam.encode(pixels, asked, places)
+    seen = {
+        name: sam.project_to_neck(features.taps[name.removesuffix(NECK)])
+        if name.endswith(NECK)
+        else features.taps[name]
+        for name in taps
     }
-    return ImageFeatures(features.embedding, projected)
+    return ImageFeatures(features.embedding, seen)
+
+
+def channels_of(sam: Sam, tap: str) -> int:
+    """Channels of a tap of `encode_tapped`.
+
+    Raises:
+        SamletError: a tap this model does not have.
+    """
+    channels = sam.tap_channels(tap.removesuffix(NECK))
+    return EMBED_DIM if tap.endswith(NECK) else channels

@@ -9,15 +9,19 @@ from samlet.errors import SamletError
 from samlet.types import Terms
 
 
-def audit_gradients(terms: Terms, module: nn.Module) -> None:
-    """Refuse weighted terms from which no trainable parameter can be reached.
+def audit_gradients(terms: Terms, module: nn.Module, stage: str = "") -> None:
+    """Refuse weighted terms from which no trainable parameter of the student can be reached.
 
     Reaching is what counts, not the size: a student that starts as its own teacher has gradients of 0.
 
     Raises:
         SamletError: names the term.
     """
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not name.startswith("projections.")  # which teach the student nothing
+    ]
     for name, value in terms.weighted.items():
         reached = value.requires_grad and any(
             gradient is not None
@@ -25,6 +29,7 @@ def audit_gradients(terms: Terms, module: nn.Module) -> None:
         )
         if not reached:
             raise SamletError(
-                f"{name}: has a weight, but its gradient reaches no trainable parameter; "
+                f"{name}: has a weight{f' in stage {stage}' if stage else ''}, but its gradient reaches no trainable "
+                "parameter; "
                 "set its weight to 0 (or enable to false), or unfreeze the part it should teach (training.freeze)"
             )

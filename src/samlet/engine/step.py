@@ -15,10 +15,12 @@ from torch import nn
 from samlet.distill.answers import is_ambiguous, valid_per_prompt
 from samlet.distill.configs import TeamRule, TrustRule
 from samlet.distill.corrections import Corrections, corrected
+from samlet.distill.layers import attention_places
 from samlet.distill.objectives import Objective
+from samlet.distill.projections import Projections
 from samlet.distill.shares import Shares, agreement, shares_of
 from samlet.distill.teacher import Lesson
-from samlet.distill.views import View, encode_projected
+from samlet.distill.views import View, encode_tapped
 from samlet.losses.configs import TaskLossConfig
 from samlet.types import Batch, MaskOutput, Terms
 
@@ -63,6 +65,7 @@ class TrainStep(nn.Module):
         team: TeamRule = "static",
         trust: TrustRule = "constant",
         corrections: Corrections = NO_CORRECTIONS,
+        projections: Projections | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -73,6 +76,7 @@ class TrainStep(nn.Module):
         self.lambda_coef = lambda_coef
         self.team, self.trust = team, trust
         self.corrections = corrections
+        self.projections = Projections() if projections is None else projections
         self.student_taps = tuple({tap for objective in objectives for tap in objective.student_taps})
         self.decoder_taps = tuple({tap for objective in objectives for tap in objective.decoder_taps})
 
@@ -83,7 +87,8 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, lessons: tuple[Lesson, ...], counts: Counts) -> tuple[Tensor, Terms]:
         """A micro-batch's share of the step's loss, and of each of its terms."""
-        features = encode_projected(self.student, batch.pixels, self.student_taps)
+        places = attention_places(batch, self.student_taps)
+        features = encode_tapped(self.student, batch.pixels, self.student_taps, places)
         rounds = self.corrections.rounds + 1
         raw: dict[str, Tensor] = {}
         for number in range(rounds):
@@ -93,14 +98,18 @@ class TrainStep(nn.Module):
                 shares = self._shares(batch, output, lessons, answers)
                 view, per_prompt = View(features, output), _share_of_image(batch) / counts.images
                 taught = [
-                    (View(lesson.features, answer), per_prompt * share)
+                    (lesson.name, View(lesson.features, answer), per_prompt * share)
                     for lesson, answer, share in zip(lessons, answers, shares.per_prompt, strict=False)
                 ]
                 _add(raw, self._task_terms(output, batch, counts, shares), 1 / rounds)
                 _add(raw, self._distillation_terms(self.of_prompts, view, taught, batch), 1 / rounds)
                 if number == 0:
                     shown = [
-                        (View(lesson.features, output), share / counts.images)  # they look at features alone
+                        (
+                            lesson.name,
+                            View(lesson.features, output),
+                            share / counts.images,
+                        )  # they look at features alone
                         for lesson, share in zip(lessons, shares.per_image, strict=True)
                     ]
                     _add(raw, self._distillation_terms(self.of_images, view, shown, batch))
@@ -140,14 +149,15 @@ class TrainStep(nn.Module):
         }
 
     def _distillation_terms(
-        self, objectives: Sequence[Objective], student: View, lessons: Sequence[tuple[View, Tensor]], batch: Batch
+        self, objectives: Sequence[Objective], student: View, lessons: Sequence[tuple[str, View, Tensor]], batch: Batch
     ) -> dict[str, Float[Tensor, ""]]:
-        """Each objective's sum over lessons, a teacher's view with the factor of each of its items."""
+        """Each objective's sum over lessons: a teacher's name, its view, and the factor of each of its items."""
         terms = {}
         for objective in objectives:
             value = torch.zeros((), device=batch.pixels.device)
-            for teacher, factors in lessons:
-                value = value + objective.compare(student, teacher, batch).float() @ factors
+            for name, teacher, factors in lessons:
+                seen, target = self.projections(objective, name, student, teacher, batch)
+                value = value + objective.compare(seen, target, batch).float() @ factors
             terms[f"distill/{objective.name}"] = value
         return terms
 

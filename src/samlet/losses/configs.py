@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from samlet.schema import StrictModel
+from samlet.schema import Loc, StrictModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Gamma = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Projection = Literal["neck", "pca", "learnt"]
+LayerPair = tuple[str, str]
+"""A student's and a teacher's tap, as `[blocks.-2, blocks.30]`."""
+
+
+ATTENTION_NAME = r"^([0-9]+\.(self|token_to_image|image_to_token)|final)$"
+
+
+def evenly_spaced(layers: int | tuple[LayerPair, ...], head: str = "blocks") -> tuple[LayerPair, ...]:
+    """The pairs themselves, or that many shares of the depth on both sides: 2 stands for 1/2 and 2/2."""
+    if isinstance(layers, int):
+        return tuple((f"{head}.{i}/{layers}",) * 2 for i in range(1, layers + 1))
+    return layers
 
 
 class TaskLossConfig(StrictModel):
@@ -63,6 +76,10 @@ class EncoderPatchConfig(StrictModel):
     """Where the teacher is read: `neck` (the image embedding), `neck_conv`, or `blocks.N` (N may be negative)."""
     student_tap: str = "neck"
     """Where the student is read; the same names."""
+    projection: Projection = "neck"
+    """How blocks become comparable. neck: each by its own model's frozen neck convolution, to 256 channels; pca: the
+    teacher's by principal components fitted at the start, to at most 256, the student's by a learnt convolution to as
+    many; learnt: the student's by a learnt convolution to the teacher's own channels. Finer grids are pooled."""
 
     def build(self) -> Callable[..., Tensor]:
         """`encoder_patch_loss` with these settings."""
@@ -138,3 +155,120 @@ class DenseMaskLogitsConfig(StrictModel):
             gamma=self.gamma,
             temperature=self.temperature,
         )
+
+
+class EncoderMatchingConfig(StrictModel):
+    """Distil several layers of the image encoder at once."""
+
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
+    weight: Weight = 1.0
+    """Weight of the whole term in the distillation loss."""
+    lambda_mse: Weight = 1.0
+    """Weight of the mean squared error."""
+    lambda_kl: Weight = 1.0
+    """Weight of the divergence KL(student || teacher) of the softmax over channels."""
+    temperature: Temperature = 1.0
+    """Softmax temperature; its square scales the divergence, so the gradient keeps its size."""
+    layers: Annotated[int, Field(ge=1, le=32)] | Annotated[tuple[LayerPair, ...], Field(min_length=1)] = 4
+    """Which layers: a number of evenly spaced relative depths, or pairs [student's tap, teacher's tap] such as
+    [blocks.-2, blocks.30], [blocks.1/2, blocks.1/2] (half way down) or [neck, neck]."""
+    projection: Literal["none", "neck", "pca", "learnt"] = "learnt"
+    """How layers become comparable, as for encoder_patch; none: they must have the same channels and grids."""
+
+    def build(self) -> Callable[..., Tensor]:
+        """`encoder_matching_loss` with these settings."""
+        from samlet.losses.encoder_matching import encoder_matching_loss
+
+        return partial(
+            encoder_matching_loss,
+            lambda_mse=self.lambda_mse,
+            lambda_kl=self.lambda_kl,
+            temperature=self.temperature,
+        )
+
+
+class DecoderMatchingConfig(StrictModel):
+    """Distil what the mask decoder multiplies into logits: its upscaled features and its hypernetworks' vectors."""
+
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
+    weight: Weight = 1.0
+    """Weight of the whole term in the distillation loss."""
+    w_mse: Weight = 1.0
+    """Weight of the mean squared error."""
+    w_cos: Weight = 1.0
+    """Weight of one minus the cosine over channels."""
+    w_kl: Weight = 1.0
+    """Weight of the divergence KL(teacher || student) of the softmax over channels."""
+    temperature: Temperature = 1.0
+    """Softmax temperature; its square scales the divergence, so the gradient keeps its size."""
+    features: Annotated[tuple[Literal["upscaled", "hypernetworks"], ...], Field(min_length=1)] = (
+        "upscaled",
+        "hypernetworks",
+    )
+    """Which features: those of the masks' pixels, the masks' vectors, or both, averaged."""
+
+    def build(self) -> Callable[..., Tensor]:
+        """`decoder_matching_loss` with these settings."""
+        from samlet.losses.decoder_matching import decoder_matching_loss
+
+        return partial(
+            decoder_matching_loss, w_mse=self.w_mse, w_cos=self.w_cos, w_kl=self.w_kl, temperature=self.temperature
+        )
+
+
+class AttentionMatchingConfig(StrictModel):
+    """Distil attention maps of the mask decoder and of the image encoder."""
+
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
+    weight: Weight = 1.0
+    """Weight of the whole term in the distillation loss."""
+    decoder: tuple[Annotated[str, Field(pattern=ATTENTION_NAME)], ...] = (
+        "0.token_to_image",
+        "1.token_to_image",
+        "final",
+    )
+    """The decoder's maps: k.self, k.token_to_image and k.image_to_token of layer k, and final."""
+    encoder: Annotated[int, Field(ge=0, le=32)] | tuple[LayerPair, ...] = 0
+    """The encoder's: a number of evenly spaced relative depths, or pairs [student's, teacher's] such as
+    [attention.-1, attention.-1]; each is read at 64 places an image, drawn anew in every step."""
+    resample: bool = False
+    """Average the encoder's heads and pool the finer grid, so that unlike encoders compare; false: refuse them."""
+
+    def build(self) -> Callable[..., Tensor]:
+        """`attention_matching_loss`, which has no settings."""
+        from samlet.losses.attention_matching import attention_matching_loss
+
+        return attention_matching_loss
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What no single field can see."""
+        if self.enable and not self.decoder and not self.encoder:
+            yield ("decoder",), "no map is left to match; name one, or ask for some of the encoder's"
+
+
+class RkdConfig(StrictModel):
+    """Distil how the patches of an image lie to each other (relational knowledge distillation)."""
+
+    enable: bool = True
+    """Whether this term takes part; a block that is written down does, unless it says otherwise."""
+    weight: Weight = 1.0
+    """Weight of the whole term in the distillation loss."""
+    w_distance: Weight = 1.0
+    """Weight of the distances between two patches."""
+    w_angle: Weight = 2.0
+    """Weight of the angles among three patches."""
+    patches: Annotated[int, Field(ge=3, le=256)] = 64
+    """Patches drawn from each image in every step; time and memory grow with the third power."""
+    student_tap: str = "neck"
+    """Where the student is read, as in encoder_patch; blocks as they are, for channels need not agree."""
+    teacher_tap: str = "neck"
+    """Where the teacher is read; the same names."""
+
+    def build(self) -> Callable[..., Tensor]:
+        """`rkd_loss` with these settings."""
+        from samlet.losses.rkd import rkd_loss
+
+        return partial(rkd_loss, w_distance=self.w_distance, w_angle=self.w_angle)
