@@ -4,16 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializationInfo, model_serializer
 
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
 from samlet.distill.configs import DistillationConfig, TeacherConfig
 from samlet.engine.configs import CheckpointConfig, LoggingConfig, TrainingConfig, ValidationConfig
 from samlet.losses.configs import TaskLossConfig
 from samlet.models.configs import ModelConfig
-from samlet.schema import ExistingPath, Loc, StrictModel
+from samlet.schema import ExistingPath, Loc, Overlay, StrictModel, all_mistakes, overlaid
+
+ONE_FOR_ALL = "is one for the whole run and cannot change between stages; set it at the top level"
+CHANGEABLE = {
+    "training": "epochs max_steps learning_rate min_learning_rate warmup_steps weight_decay max_grad_norm freeze "
+    "unfreeze_epoch",
+    "validation": "every_epochs every_steps early_stopping_patience overlays",
+}
+"""What a stage may say in a block of which it may not say all."""
+UNCHANGEABLE = {"distillation": "use_precomputed_features precomputed_root"}
+
+
+class StageConfig(Overlay):
+    """A stretch of the run: the base configuration with what is written down here laid over it.
+
+    Nothing written here reaches another stage. `training.epochs` or `max_steps` is the stage's own length; warm-up,
+    cosine, unfreeze_epoch, dynamic lambda and the patience of early stopping begin anew with it.
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\\s]+$")
+    """How logs, curves and errors call it; no spaces or slashes."""
+    prompts: PromptConfig = PromptConfig()
+    """How points and boxes are drawn in this stage, where it differs."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """How images are varied in this stage, where it differs."""
+    loss: TaskLossConfig = TaskLossConfig()
+    """The loss against the ground truth, where it differs."""
+    distillation: DistillationConfig = DistillationConfig()
+    """Terms on and off, weights, lambda; a term that is written down takes part, unless it says otherwise."""
+    teacher_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Shares of the teachers in this stage, by name; those not named keep theirs."""
+    training: TrainingConfig = TrainingConfig()
+    """Length, learning rate, weight decay, clipping and frozen parts, where they differ."""
+    validation: ValidationConfig = ValidationConfig()
+    """When to measure and when to give up, where it differs."""
+
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("seed", "output_dir", "resume", "model", "dataset", "teachers", "checkpoint", "logging", "stages"), ONE_FOR_ALL
+    )
+
+    @model_serializer
+    def written(self, info: SerializationInfo) -> dict[str, Any]:
+        """Only what was written down; the rest is the base's."""
+        values = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return {
+            name: value.model_dump(mode=info.mode, exclude_unset=True) if isinstance(value, StrictModel) else value
+            for name, value in values.items()
+        }
+
+    def blocks(self) -> Iterable[tuple[str, StrictModel]]:
+        """The blocks that were written down, by name."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name in self.model_fields_set and isinstance(value, StrictModel):
+                yield name, value
+
+    def unchangeable(self) -> Iterable[Loc]:
+        """What was written down and cannot change between stages."""
+        for name, block in self.blocks():
+            written = block.model_fields_set
+            allowed = set(CHANGEABLE[name].split()) if name in CHANGEABLE else written
+            for key in sorted(written - allowed | written & set(UNCHANGEABLE.get(name, "").split())):
+                yield name, key
 
 
 class RunConfig(StrictModel):
@@ -49,9 +111,25 @@ class RunConfig(StrictModel):
     """Saving for resume."""
     logging: LoggingConfig = LoggingConfig()
     """Logs."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stretches of the run, one after the other: each is this configuration with its own changes laid over it."""
+
+    def resolved(self) -> tuple[RunConfig, ...]:
+        """One complete configuration for each stage; this one where there are none."""
+        return tuple(self._with(stage) for stage in self.stages) or (self,)
+
+    def _with(self, stage: StageConfig) -> RunConfig:
+        blocks: dict[str, Any] = {name: overlaid(getattr(self, name), block) for name, block in stage.blocks()}
+        written = stage.training.model_fields_set
+        if "epochs" in written and "max_steps" not in written:
+            blocks["training"] = blocks["training"].model_copy(update={"max_steps": None})
+        shares = stage.teacher_weights
+        teachers = [t.model_copy(update={"weight": shares[t.name]}) if t.name in shares else t for t in self.teachers]
+        return self.model_copy(update={**blocks, "teachers": tuple(teachers), "stages": ()})
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """What no single field can see."""
+        yield from self._stage_mistakes()
         names = [teacher.name for teacher in self.teachers]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -65,3 +143,21 @@ class RunConfig(StrictModel):
                 ("dataset", "unlabelled"),
                 "images without masks teach nothing without a teacher; enable distillation, or set it to 'refuse'",
             )
+
+    def _stage_mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What is wrong with a stage, as far as it is not wrong without it."""
+        known = set(all_mistakes(self.model_copy(update={"stages": ()}))) if self.stages else set()
+        teachers = [teacher.name for teacher in self.teachers]
+        for number, stage in enumerate(self.stages):
+            here: Loc = ("stages", number)
+            if stage.name in [earlier.name for earlier in self.stages[:number]]:
+                yield (*here, "name"), f"'{stage.name}' is taken by another stage"
+            for below in stage.unchangeable():
+                yield (*here, *below), ONE_FOR_ALL
+            for name in stage.teacher_weights.keys() - set(teachers):
+                yield (*here, "teacher_weights", name), f"there is no such teacher; there are {', '.join(teachers)}"
+            for below, message in all_mistakes(self._with(stage)):
+                if (below, message) not in known and below[0] in StageConfig.model_fields:
+                    yield (*here, *below), message
+                elif (below, message) not in known:
+                    yield below, f"in stage '{stage.name}': {message}"

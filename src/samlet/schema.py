@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -36,9 +36,31 @@ class StrictModel(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Keys that this block does not have though somebody may look for them here, and what to do instead."""
+
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """What no single field can see: (path below this block, what is wrong), one pair a mistake."""
         return ()
+
+
+class Overlay(StrictModel):
+    """Blocks that count only as far as they are written down: laid over others, and judged where they lie."""
+
+
+def overlaid(base: Model, overlay: Model) -> Model:
+    """`base` with every value that was written down in `overlay`, block by block; a list is replaced as a whole.
+
+    A block that can be switched off and was written down takes part, unless it says otherwise.
+    """
+    if not overlay.model_fields_set:
+        return base
+    switch = type(overlay).model_fields.get("enable")
+    changes: dict[str, Any] = {"enable": True} if switch is not None and switch.default is True else {}
+    for name in overlay.model_fields_set:
+        old, new = getattr(base, name), getattr(overlay, name)
+        changes[name] = overlaid(old, new) if isinstance(new, StrictModel) and isinstance(old, type(new)) else new
+    return base.model_copy(update=changes)
 
 
 def _must_exist(path: Path, info: ValidationInfo) -> Path:
@@ -74,7 +96,7 @@ def load_config(
         source.override(override)
     found: dict[tuple[Loc, str], None] = {}
     config, judged = _validate(kind, source.plain, check_files, found)
-    for loc, message in () if config is None else _cross_mistakes(config):
+    for loc, message in () if config is None else all_mistakes(config):
         if not any(loc[:length] in judged for length in range(len(loc) + 1)):
             found[(loc, message)] = None
     if found or config is None:
@@ -150,12 +172,15 @@ def _mended(kind: type[StrictModel], plain: Any, cut: set[Loc], absent: set[Loc]
     return copy(plain, ())
 
 
-def _cross_mistakes(config: StrictModel, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+def all_mistakes(config: StrictModel, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+    """What `mistakes` of a configuration and of all its blocks find, with whole paths; overlays are left out."""
+    if isinstance(config, Overlay):
+        return
     for name, value in config:
         members = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
         for index, member in members:
             if isinstance(member, StrictModel):
-                yield from _cross_mistakes(member, (*loc, name) if index is None else (*loc, name, index))
+                yield from all_mistakes(member, (*loc, name) if index is None else (*loc, name, index))
     for below, message in config.mistakes():
         yield (*loc, *below), message
 
@@ -281,7 +306,8 @@ def _message(kind: type[StrictModel], detail: ErrorDetails) -> str:
     value, loc = detail["input"], detail["loc"]
     match detail["type"]:
         case "extra_forbidden":
-            return f"unknown key{_suggest_key(kind, loc)}"
+            refusals = [model.refused[str(loc[-1])] for model in _models_at(kind, loc[:-1]) if loc[-1] in model.refused]
+            return refusals[0] if refusals else f"unknown key{_suggest_key(kind, loc)}"
         case "missing":
             return "required, and missing"
         case "literal_error" | "enum":

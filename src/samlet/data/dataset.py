@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -74,6 +75,12 @@ class SegmentationDataset(Dataset[Sample]):
         self.prompts = PromptSettings() if prompts is None else prompts
         self.augmentation = Augmentation() if augmentation is None else augmentation
         self.objects_per_image, self.min_area, self.broken = objects_per_image, min_area, broken
+
+    def varied(self, prompts: PromptSettings, augmentation: Augmentation) -> SegmentationDataset:
+        """The same images with other prompts and augmentation."""
+        other = copy(self)
+        other.prompts, other.augmentation = prompts, augmentation
+        return other
 
     def __len__(self) -> int:
         return len(self.records)

@@ -24,7 +24,7 @@ from samlet.models.checkpoints import save_sam_safetensors
 if TYPE_CHECKING:
     from samlet.models.sam import Sam
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no stages
 PREFIX = "step-"
 
 
@@ -38,8 +38,22 @@ class TrainerState:
     """Best value of the deciding metric so far."""
     best_step: int = 0
     """Step at which it was reached."""
+    stage: int = 0
+    """Number of the stage, from 0."""
+    stage_began: int = 0
+    """Optimizer steps done when it began."""
+    stage_best: float | None = None
+    """Best value of the deciding metric in this stage."""
     validations_without_best: int = 0
-    """For early stopping."""
+    """Of this stage; for early stopping."""
+    lambda_coef: float | None = None
+    """What the plateau rule has made of the stage's lambda_coef; None: it is as configured."""
+    lambda_best: float | None = None
+    """Value of the metric that counts as improved upon, for the plateau rule."""
+    lambda_waited: int = 0
+    """Validations since then, or since lambda was lowered."""
+    retention_reference: float | None = None
+    """The deciding metric on the retention set before the first step, where there is such a set."""
     skipped_steps: int = 0
     """Steps left out for a non-finite loss or gradient."""
     skipped_images: list[str] = field(default_factory=list)

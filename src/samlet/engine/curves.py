@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLACE = ("step", "epoch", "split")
-SCORES = {"_miou": "validation mIoU", "_mdice": "validation mDice"}
+SCORES = {"_miou": "mIoU", "_mdice": "mDice"}
+RETENTION = "retention/"  # metrics of what should not be forgotten
 COLUMNS = 4
 WIDE_RANGE = 30.0  # largest by smallest value from which a logarithmic axis is easier to read
 INK, FAINT, GRID, PAPER = "#26282e", "#787c84", "#e6e6e2", "#fafaf8"
@@ -38,7 +39,7 @@ class Panel(NamedTuple):
 
     title: str
     lines: dict[str, Line]
-    kind: str  # "score", "term" or "plain"
+    kind: str  # "score", "kept" (a score that should stay where it began), "term" or "plain"
 
 
 def plot_curves(metrics: Path, out: Path) -> None:
@@ -84,13 +85,15 @@ def read_lines(metrics: Path) -> dict[str, dict[str, Line]]:
 
 
 def arrange(lines: Mapping[str, Mapping[str, Line]]) -> list[Panel]:
-    """Panels in reading order: scores, loss, task terms, distillation terms, then everything else."""
+    """Panels in reading order: scores, retention, loss, task terms, distillation terms, then everything else."""
     train, val = dict(lines.get("train", {})), dict(lines.get("val", {}))
     panels = []
-    for ending, title in SCORES.items():
-        scores = {name.removesuffix(ending): val.pop(name) for name in list(val) if name.endswith(ending)}
-        if scores:
-            panels.append(Panel(title, scores, "score"))
+    for start, kind in (("", "score"), (RETENTION, "kept")):
+        for ending, title in SCORES.items():
+            names = [n for n in val if n.endswith(ending) and n.startswith(RETENTION) == (kind == "kept")]
+            scores = {name.removeprefix(start).removesuffix(ending): val.pop(name) for name in names}
+            if scores:
+                panels.append(Panel(f"{'retention' if start else 'validation'} {title}", scores, kind))
     for name in sorted((name for name in train if not name.endswith("/weighted")), key=_reading_order):
         shown = {"raw": train[name]}
         if f"{name}/weighted" in train:
@@ -139,8 +142,8 @@ def _reading_order(name: str) -> tuple[int, str]:
 
 def _draw(axes: Axes, panel: Panel) -> None:
     style(axes, panel.title)
-    if panel.kind == "score":
-        _draw_scores(axes, panel)
+    if panel.kind in ("score", "kept"):
+        (_draw_scores if panel.kind == "score" else _draw_kept)(axes, panel)
         return
     for label, line in panel.lines.items():
         window = max(len(line.values) // 20, 1)
@@ -165,6 +168,20 @@ def _draw_scores(axes: Axes, panel: Panel) -> None:
             axes.plot(line.steps[best], line.values[best], "o", ms=6.5, mfc="none", mec=colour, mew=1.2)
     axes.margins(y=0.1)
     axes.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right", handlelength=1.2)
+
+
+def _draw_kept(axes: Axes, panel: Panel) -> None:
+    """Scores with the level that each began at, and how far from it the last one is."""
+    for (name, line), colour in zip(panel.lines.items(), SCORE_COLOURS * len(panel.lines), strict=False):
+        if not len(line.values):
+            continue
+        first, last = line.values[0], line.values[-1]
+        axes.axhline(first, color=colour, lw=0.8, ls=(0, (3, 2)), alpha=0.7)
+        axes.plot(
+            line.steps, line.values, color=colour, lw=1.7, marker="o", ms=2.6, label=f"{name}  {last - first:+.3f}"
+        )
+    axes.margins(y=0.1)
+    axes.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower left", handlelength=1.2)
 
 
 def _scale(axes: Axes, panel: Panel) -> None:

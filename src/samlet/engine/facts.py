@@ -79,7 +79,8 @@ def _with_effect(plain: Mapping[str, Any]) -> dict[str, Any]:
         for name in blocks:
             block = block.get(name, {})
         block.pop(last, None)
-    if not kept.get("distillation", {}).get("enable"):
+    parts: list[dict[str, Any]] = [kept, *kept.get("stages", ())]
+    if not any(block.get("distillation", {}).get("enable") for block in parts):
         kept["distillation"], kept["teachers"] = {"enable": False}, []
     return kept
 

@@ -67,3 +67,8 @@ def build_optimizer(
         (decayed if plain else exempt).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Let the weights that decay do so at another rate."""
+    optimizer.param_groups[0]["weight_decay"] = weight_decay

@@ -37,6 +37,8 @@ def resume(
     restore_random_state(random_states, accelerator)
     if scaler and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
+    if not own:
+        state.retention_reference = None  # of another run, and perhaps of other images
     if accelerator.is_main_process and own:
         folder.continues_at(state.metrics_bytes)
         folder.drop_checkpoints_after(place)

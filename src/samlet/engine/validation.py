@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from samlet.distill.teacher import LiveTeacher
+from samlet.engine.curves import RETENTION
 from samlet.engine.evaluation import (
     Click,
     answer,
@@ -27,9 +29,52 @@ if TYPE_CHECKING:
 
     from samlet.data.dataset import EvalImage, ValidationSet
     from samlet.distill.teacher import TeacherTeam
+    from samlet.engine.checkpoint import TrainerState
+    from samlet.engine.configs import Metric, ValidationConfig
     from samlet.models.sam import Sam
 
 MOST_OBJECTS = 12  # drawn in one image, the largest ones
+
+
+class ForgettingGuard(NamedTuple):
+    """A data set of what the student should not forget, and how much of it a checkpoint may lose to be the best."""
+
+    images: ValidationSet
+    max_images: int | None
+    metric: Metric
+    max_drop: float | None  # 0 to 1; None: watch only
+
+    @classmethod
+    def of(cls, config: ValidationConfig) -> ForgettingGuard | None:
+        """The guard that a configuration asks for.
+
+        Raises:
+            DataError: its data set cannot be used.
+        """
+        kept = config.retention
+        return None if kept is None else cls(kept.build(), kept.max_images, config.metric, config.max_retention_drop)
+
+    def measure(self, student: Sam, accelerator: Accelerator) -> dict[str, float]:
+        """Metrics on the retention set, as `retention/point_miou` and so on."""
+        metrics = validate(student, self.images, accelerator, self.max_images)
+        return {f"{RETENTION}{name}": value for name, value in metrics.items()}
+
+    def drop(self, metrics: Mapping[str, float], state: TrainerState) -> float:
+        """By how much the metric fell since before the first step, which is noted in the state when it is measured."""
+        value = metrics[f"{RETENTION}{self.metric}"]
+        if state.retention_reference is None:
+            state.retention_reference = value
+        return state.retention_reference - value
+
+    def allows(self, drop: float) -> bool:
+        """Whether a checkpoint that lost so much may be the best."""
+        return self.max_drop is None or drop <= self.max_drop
+
+    def describe(self, metrics: Mapping[str, float], drop: float) -> str:
+        """Where retention stands and how far it has moved, for the line of a validation."""
+        value = metrics[f"{RETENTION}{self.metric}"]
+        told = f", retention {self.metric.removesuffix('_miou')} mIoU {value:.4f} ({0.0 - drop:+.4f})"
+        return told if self.allows(drop) else f"{told}, more than validation.max_retention_drop lets it lose"
 
 
 def validate(
