@@ -9,14 +9,31 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from samlet.losses.configs import (
+    AttentionMatchingConfig,
     DecoderMaskTokenConfig,
+    DecoderMatchingConfig,
     DenseMaskLogitsConfig,
+    EncoderMatchingConfig,
     EncoderPatchConfig,
     PromptEmbedConfig,
+    RkdConfig,
 )
 from samlet.schema import ExistingPath, Loc, StrictModel
 
-TermConfig = EncoderPatchConfig | PromptEmbedConfig | DecoderMaskTokenConfig | DenseMaskLogitsConfig
+TermConfig = (
+    EncoderPatchConfig
+    | PromptEmbedConfig
+    | DecoderMaskTokenConfig
+    | DenseMaskLogitsConfig
+    | EncoderMatchingConfig
+    | DecoderMatchingConfig
+    | AttentionMatchingConfig
+    | RkdConfig
+)
+TERMS = (
+    *("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"),
+    *("encoder_matching", "decoder_matching", "attention_matching", "rkd"),
+)
 
 
 TeamRule = Literal["static", "per_sample"]
@@ -85,10 +102,18 @@ class DistillationConfig(StrictModel):
     """The decoder's four mask tokens."""
     dense_mask_logits: DenseMaskLogitsConfig = DenseMaskLogitsConfig()
     """Mask logits, pixel by pixel."""
+    encoder_matching: EncoderMatchingConfig = EncoderMatchingConfig(enable=False)
+    """Several layers of the image encoder at once."""
+    decoder_matching: DecoderMatchingConfig = DecoderMatchingConfig(enable=False)
+    """What the mask decoder multiplies into logits: upscaled features and the masks' vectors."""
+    attention_matching: AttentionMatchingConfig = AttentionMatchingConfig(enable=False)
+    """Attention maps of the mask decoder and of the image encoder."""
+    rkd: RkdConfig = RkdConfig(enable=False)
+    """How the patches of an image lie to each other: distances and angles."""
 
     def terms(self) -> Iterator[tuple[str, TermConfig]]:
         """The objectives that take part, by name."""
-        for name in ("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"):
+        for name in TERMS:
             term: TermConfig = getattr(self, name)
             if self.enable and term.enable:
                 yield name, term
