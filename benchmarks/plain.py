@@ -152,9 +152,15 @@ def _relative(table: Tensor, size: int) -> Tensor:
 
 
 def decode(
-    state: State, embedding: Tensor, sparse: Tensor, image_pe: Tensor, no_mask: Tensor, *, multimask: bool = False
+    state: State,
+    embedding: Tensor,
+    sparse: Tensor,
+    image_pe: Tensor,
+    no_mask: Tensor,
+    *,
+    multimask: bool | None = False,
 ) -> tuple[Tensor, Tensor]:
-    """Masks (P, M, 4h, 4w) and their IoU for P prompts on one image (1, 256, h, w)."""
+    """Masks (P, M, 4h, 4w) and their IoU for P prompts on one image (1, 256, h, w); multimask None: all four."""
     s = _below(state, "mask_decoder.")
     count, (height, width) = sparse.shape[0], embedding.shape[2:]
     outputs = torch.cat([s["iou_token.weight"], s["mask_tokens.weight"]])
@@ -168,7 +174,7 @@ def decode(
     maps = F.gelu(F.conv_transpose2d(maps, u["3.weight"], u["3.bias"], stride=2))
     hyper = torch.stack([_mlp(s, f"output_hypernetworks_mlps.{i}", queries[:, 1 + i]) for i in range(4)], 1)
     masks = (hyper @ maps.flatten(2)).view(count, 4, 4 * height, 4 * width)
-    chosen = slice(1, 4) if multimask else slice(0, 1)
+    chosen = {True: slice(1, 4), False: slice(0, 1), None: slice(0, 4)}[multimask]
     return masks[:, chosen], _mlp(s, "iou_prediction_head", queries[:, 0])[:, chosen]
 
 
