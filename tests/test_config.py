@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from samlet.config import RunConfig
+from samlet.config import RunConfig, with_todays_keys
 from samlet.errors import ConfigError
 from samlet.schema import StrictModel, _all_paths, json_schema, load_config
 from tests.tiny import tiny_config, write_scenes
@@ -149,3 +149,15 @@ def test_frozen_blocks_cannot_be_changed() -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         Block().value = 2  # type: ignore[misc]
+
+
+def test_a_run_of_an_earlier_version_is_known_again(tmp_path: Path) -> None:
+    plain = RunConfig.model_validate_json(json.dumps({"dataset": {"root": str(tmp_path)}})).model_dump(mode="json")
+    former = json.loads(json.dumps(plain))
+    del former["distillation"]["trust"], former["stages"]
+    former["distillation"]["lambda_coef"] = 3.0
+    completed = with_todays_keys(former)
+    assert completed["distillation"]["trust"] == plain["distillation"]["trust"]
+    assert completed["stages"] == []
+    assert completed["distillation"]["lambda_coef"] == 3.0
+    assert with_todays_keys({**former, "gone": 1})["gone"] == 1

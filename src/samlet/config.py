@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializationInfo, model_serializer
+from pydantic import Field, SerializationInfo, ValidationError, model_serializer
 
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
 from samlet.distill.configs import DistillationConfig, TeacherConfig
@@ -161,3 +162,11 @@ class RunConfig(StrictModel):
                     yield (*here, *below), message
                 elif (below, message) not in known:
                     yield below, f"in stage '{stage.name}': {message}"
+
+
+def with_todays_keys(former: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version wrote, with the keys it did not know at their defaults."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(former)).model_dump(mode="json", by_alias=True)
+    except ValidationError:  # it has keys or values that are no more; whoever compares will name them
+        return dict(former)

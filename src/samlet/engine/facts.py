@@ -44,13 +44,12 @@ def facts_of_end(weights: Path, **facts: Any) -> dict[str, Any]:
     return {**facts, "final_weights_sha256": sha256_of(weights)}
 
 
-def refuse_other_config(plain: Mapping[str, Any], folder: RunDir) -> None:
-    """A run goes on with the configuration it was started with.
+def refuse_other_config(plain: Mapping[str, Any], former: Mapping[str, Any] | None, folder: RunDir) -> None:
+    """A run goes on with the configuration it was started with, `former`.
 
     Raises:
         ConfigError: another one; every key that differs is named with both values.
     """
-    former = folder.read_config()
     if former is None or plain["resume"] == "never":
         return
     now, then = _flat(_with_effect(plain)), _flat(_with_effect(former))

@@ -19,7 +19,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from samlet.config import RunConfig
+from samlet.config import RunConfig, with_todays_keys
 from samlet.data.dataset import SegmentationDataset, ValidationSet, collate
 from samlet.data.sampler import SampleKey, StepSampler, epoch_order
 from samlet.distill.teacher import Lesson, TeacherTeam
@@ -140,7 +140,8 @@ def train(config: RunConfig) -> int:
 def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     """Data, student, teachers, optimizer, and the state of an earlier start if there is one."""
     torch.manual_seed(config.seed)
-    refuse_other_config(plain_config(config), folder)
+    former = folder.read_config()
+    refuse_other_config(plain_config(config), with_todays_keys(former) if former else None, folder)
     train_set = config.dataset.build_train(
         image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
     )
