@@ -152,7 +152,8 @@ def test_frozen_blocks_cannot_be_changed() -> None:
 
 
 def test_a_run_of_an_earlier_version_is_known_again(tmp_path: Path) -> None:
-    plain = RunConfig.model_validate_json(json.dumps({"dataset": {"root": str(tmp_path)}})).model_dump(mode="json")
+    config = RunConfig.model_validate_json(json.dumps({"dataset": {"root": str(tmp_path)}}))
+    plain = config.model_dump(mode="json", by_alias=True)
     former = json.loads(json.dumps(plain))
     del former["distillation"]["trust"], former["stages"]
     former["distillation"]["lambda_coef"] = 3.0
