@@ -21,7 +21,7 @@ from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.distillation import ALONE, CONFIGS, OWN_SETTINGS, Scores, scores_of, teacher_scores
+from benchmarks.distillation import ALONE, CONFIGS, OWN_STUDENT, Scores, scores_of, teacher_scores
 from samlet.config import RunConfig
 from samlet.errors import SamletError
 from samlet.schema import load_config
@@ -74,7 +74,7 @@ TWO_TEACHERS = "neck + mask, two teachers"
 
 def run_set(root: Path, out: Path, seeds: list[int], arms: list[str]) -> dict[str, list[Scores]]:
     """Teachers and arms of one data set."""
-    place = (f"dataset.root={root}", *OWN_SETTINGS.get(root.name, ()))
+    place = (f"dataset.root={root}", *OWN_STUDENT.get(root.name, ()))
     results: dict[str, list[Scores]] = {}
     for number, name in enumerate(["teacher", *(["teacher-1"] if TWO_TEACHERS in arms else [])]):
         results[name] = [teacher_scores(root, out / name, seed=number)]
