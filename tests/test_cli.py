@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from samlet.recipes.train import plain_config
+from samlet.run import plain_config
 from tests.tiny import tiny_config, write_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable
+from samlet.engine.parts import build_optimizer, calibrate_batch_norm, named_parameters, set_trainable
 from samlet.models import Sam, build_sam
 from tests.tiny import IMAGE_SIZE, STUDENT
 
@@ -19,7 +19,7 @@ def student() -> Sam:
 
 
 def optimizer_of(student: Sam) -> torch.optim.AdamW:
-    return build_optimizer(student, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
+    return build_optimizer(named_parameters(student), learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
 
 
 def one_step(student: Sam, optimizer: torch.optim.Optimizer, seed: int) -> None:

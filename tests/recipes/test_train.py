@@ -28,7 +28,8 @@ from samlet.engine.step import TrainStep
 from samlet.errors import SamletError
 from samlet.models import load_sam
 from samlet.recipes import train as recipe
-from samlet.recipes.train import plain_config, train
+from samlet.recipes.train import train
+from samlet.run import plain_config
 from samlet.schema import load_config
 from tests.tiny import IMAGE_SIZE, STUDENT, tiny_config, write_scenes, write_teacher
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from samlet.artefacts import sha256_of
-from samlet.recipes.train import plain_config, train
+from samlet.recipes.train import train
+from samlet.run import plain_config
 from tests.tiny import tiny_config, write_scenes, write_teacher
 
 RUNS = ("one", "first")

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from samlet.data.dataset import collate
+from samlet.data.sampler import SampleKey, epoch_order
 from samlet.distill.configs import normalized_weights
 from samlet.distill.corrections import Corrections
-from samlet.distill.objectives import build_objectives
+from samlet.distill.objectives import Objective, build_objectives
+from samlet.distill.projections import build_projections
 from samlet.distill.teacher import LiveTeacher, TeacherTeam
 from samlet.engine.device import place
 from samlet.engine.step import TrainStep
+from samlet.errors import ConfigError
 from samlet.models import load_sam
 
 if TYPE_CHECKING:
     from samlet.data.configs import PromptConfig
+    from samlet.data.dataset import SegmentationDataset
     from samlet.distill.configs import DistillationConfig, TeacherConfig
+    from samlet.distill.projections import Projections
     from samlet.engine.configs import TrainingConfig
     from samlet.losses.configs import TaskLossConfig
     from samlet.models.sam import Sam
+    from samlet.types import Batch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_step(
-    student: Sam, loss: TaskLossConfig, distillation: DistillationConfig, prompts: PromptConfig
+    student: Sam,
+    loss: TaskLossConfig,
+    distillation: DistillationConfig,
+    prompts: PromptConfig,
+    projections: Projections | None = None,
 ) -> TrainStep:
-    """The training step around a student."""
+    """The training step around a student and the projections beside it."""
     return TrainStep(
         student,
         loss,
@@ -37,6 +48,7 @@ def build_step(
         team=distillation.team,
         trust=distillation.trust,
         corrections=Corrections(prompts.correction_rounds, prompts.correction_mask_input, prompts.correction_min_cells),
+        projections=projections,
     )
 
 
@@ -79,3 +91,30 @@ def build_team(teachers: Sequence[TeacherConfig], models: Mapping[str, Sam], ste
         for teacher in teachers
     ]
     return TeacherTeam(live, normalized_weights(teachers))
+
+
+def add_projections(
+    projections: Projections,
+    objectives: Sequence[Objective],
+    student: Sam,
+    team: TeacherTeam | None,
+    batches: Iterable[Batch],
+) -> None:
+    """Add what a stage's objectives need and no earlier stage has brought.
+
+    Raises:
+        ConfigError: two stages bring the same layer to one shape in different ways.
+    """
+    for key, module in build_projections(objectives, student, team, batches).items():
+        if key in projections and str(projections[key]) != str(module):
+            raise ConfigError(f"stages: '{key}' is projected in two ways; let all stages agree on its projection")
+        if key not in projections:
+            projections[key] = module
+
+
+def head_of(data: SegmentationDataset, seed: int, batches: int, batch_size: int) -> Iterator[Batch]:
+    """The first images of the first epoch in at most so many batches, without any state of a loader."""
+    order = epoch_order(len(data), seed, 0)[: batches * batch_size]
+    samples = [data[SampleKey(0, int(index))] for index in order]
+    size = max(len(samples) // batches, 1)
+    return (collate(samples[start : start + size]) for start in range(0, len(samples), size))

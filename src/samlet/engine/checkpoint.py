@@ -1,7 +1,8 @@
 """Checkpoints of a run: everything that resume needs, whole or not at all, in JSON and safetensors.
 
 `checkpoints/step-00000120/` holds student.safetensors, optimizer.safetensors, random.safetensors, trainer.json and
-the manifest that vouches for them. Nothing is pickled.
+the manifest that vouches for them; where there are such things also lora.safetensors (the student's file holds merged
+weights), ema.safetensors and projections.safetensors. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,14 +19,22 @@ from safetensors.torch import load_file, save_file
 
 from samlet import __version__
 from samlet.artefacts import read_manifest, write_directory
+from samlet.distill.projections import load_projections, save_projections
+from samlet.engine.parts import named_parameters
 from samlet.errors import CheckpointError
 from samlet.models.checkpoints import save_sam_safetensors
+from samlet.models.lora import adapted_layers, load_merged_state, lora_state
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from samlet.distill.projections import Projections
+    from samlet.engine.ema import AverageStudent
     from samlet.models.sam import Sam
 
 FORMAT = 2  # 1 knew no stages
 PREFIX = "step-"
+LORA, AVERAGE, PROJECTIONS = "lora.safetensors", "ema.safetensors", "projections.safetensors"
 
 
 @dataclass
@@ -72,6 +81,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     random_states: Mapping[str, torch.Tensor],
     scaler: Mapping[str, Any] | None = None,
+    average: AverageStudent | None = None,
+    projections: Projections | None = None,
 ) -> Path:
     """Write `folder/step-N` and return it.
 
@@ -82,8 +93,15 @@ def save_checkpoint(
 
     def fill(temporary: Path) -> None:
         save_sam_safetensors(student, temporary / "student.safetensors")
-        save_file(_optimizer_tensors(student, optimizer), temporary / "optimizer.safetensors")
+        moments = _moments(named_parameters(student, projections), optimizer)
+        save_file(moments, temporary / "optimizer.safetensors")
         save_file(dict(random_states), temporary / "random.safetensors")
+        if lora := lora_state(student):
+            save_file(_plain(lora), temporary / LORA)
+        if average is not None:
+            save_file(_plain(average.tensors()), temporary / AVERAGE)
+        if projections:
+            save_projections(projections, temporary / PROJECTIONS)
         trainer = {"state": asdict(state), "scaler": dict(scaler or {})}
         (temporary / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
 
@@ -92,9 +110,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    place: Path, student: Sam, optimizer: torch.optim.Optimizer
+    place: Path,
+    student: Sam,
+    optimizer: torch.optim.Optimizer,
+    *,
+    average: AverageStudent | None = None,
+    projections: Projections | None = None,
 ) -> tuple[TrainerState, dict[str, torch.Tensor], dict[str, Any]]:
-    """Fill student and optimizer from a checkpoint; the rest is returned: state, random states, scaler.
+    """Fill student, optimizer and what is beside them from a checkpoint.
+
+    The rest is returned: state, random states, scaler.
 
     Raises:
         CheckpointError: incomplete, damaged, of a newer samlet, or of another model; the file is named.
@@ -103,11 +128,20 @@ def load_checkpoint(
     if manifest.get("format", 0) > FORMAT:
         raise CheckpointError(f"{place}: written by samlet {manifest.get('samlet')}; upgrade samlet to read it")
     try:
-        student.load_state_dict(load_file(place / "student.safetensors"))
-        _load_optimizer(student, optimizer, load_file(place / "optimizer.safetensors"))
+        lora = load_file(place / LORA) if adapted_layers(student) else {}
+        load_merged_state(student, load_file(place / "student.safetensors"), lora)
+        if average is not None:
+            average.student.load_state_dict(load_file(place / AVERAGE))
+        if projections:
+            load_projections(projections, place / PROJECTIONS)
+        moments = load_file(place / "optimizer.safetensors")
+        _load_moments(named_parameters(student, projections), optimizer, moments)
         random_states = load_file(place / "random.safetensors")
         trainer = json.loads((place / "trainer.json").read_text(encoding="utf-8"))
         state = TrainerState(**trainer["state"])
+    except FileNotFoundError as error:
+        missing = Path(error.filename or place).name
+        raise CheckpointError(f"{place}: has no {missing}: its run had another configuration than this one") from error
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{place}: does not fit this run's model: {reason[:300]}") from error
@@ -132,18 +166,24 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def _optimizer_tensors(student: Sam, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{key}": value.detach().clone().contiguous()
-        for name, parameter in student.named_parameters()
+        for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _load_optimizer(student: Sam, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def _load_moments(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     number = {id(parameter): index for index, parameter in enumerate(parameters)}
-    names = {name: number[id(parameter)] for name, parameter in student.named_parameters()}
+    names = {name: number[id(parameter)] for name, parameter in named.items()}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")

@@ -39,6 +39,8 @@ class TrainingConfig(StrictModel):
     """Clip the gradient's global L2 norm here; null: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; losses are always computed in fp32. fp16 needs a CUDA GPU."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Average the student's weights over steps with this decay (0.999); validate and save the average. null: do not."""
     freeze: tuple[Part, ...] = ()
     """Parts of the student that do not train, BatchNorm statistics included."""
     unfreeze_epoch: int | None = Field(None, ge=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from samlet.models.lora import adapted_layers, is_factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,13 +26,16 @@ def set_trainable(student: nn.Module, frozen: Iterable[str], batch_norm: str) ->
 
     A frozen part whose BatchNorm went on in train mode would drift with every batch. `batch_norm` "train" lets
     the statistics of the trained parts follow the data; otherwise all stay as they are, which small batches want.
+    Of a part with LoRA only the factors train.
     """
     student.train()
     for part in PARTS:
         module, trains = student.get_submodule(part), part not in frozen
+        adapted = bool(adapted_layers(module))
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(trains and not f"{part}.{name}".startswith(NEVER_USED))
-        if not trains or batch_norm != "train":
+            used = is_factor(name) if adapted else not f"{part}.{name}".startswith(NEVER_USED)
+            parameter.requires_grad_(trains and used)
+        if not trains or adapted or batch_norm != "train":
             for layer in _batch_norms(module):
                 layer.eval()
 
@@ -57,12 +62,18 @@ def calibrate_batch_norm(student: Sam, batches: Iterable[Float[Tensor, "B 3 S S"
         layer.training, layer.momentum = training, momentum
 
 
+def named_parameters(student: nn.Module, projections: nn.Module | None = None) -> Mapping[str, nn.Parameter]:
+    """Everything that an optimizer holds, by the name under which its moments are saved."""
+    beside = () if projections is None else projections.named_parameters(prefix="projections")
+    return {**dict(student.named_parameters()), **dict(beside)}
+
+
 def build_optimizer(
-    module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    parameters: Mapping[str, nn.Parameter], *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """AdamW over every parameter, frozen or not: one that thaws later is already in (it has no gradient until then)."""
     decayed, exempt = list[nn.Parameter](), list[nn.Parameter]()
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         plain = parameter.ndim >= 2 and not any(word in name for word in WITHOUT_DECAY)
         (decayed if plain else exempt).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]

@@ -13,12 +13,21 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from samlet.distill.projections import Projections
+    from samlet.engine.ema import AverageStudent
     from samlet.engine.run_dir import RunDir
     from samlet.models.sam import Sam
 
 
 def resume(
-    wanted: Path | str, accelerator: Accelerator, folder: RunDir, student: Sam, optimizer: torch.optim.Optimizer
+    wanted: Path | str,
+    accelerator: Accelerator,
+    folder: RunDir,
+    *,
+    student: Sam,
+    optimizer: torch.optim.Optimizer,
+    average: AverageStudent | None,
+    projections: Projections,
 ) -> TrainerState:
     """Fill everything from the checkpoint that is wanted; a fresh state where there is none.
 
@@ -33,7 +42,7 @@ def resume(
             folder.begins_anew()
         return TrainerState()
     own = place.resolve().parent == folder.checkpoints.resolve()
-    state, random_states, scaler = load_checkpoint(place, student, optimizer)
+    state, random_states, scaler = load_checkpoint(place, student, optimizer, average=average, projections=projections)
     restore_random_state(random_states, accelerator)
     if scaler and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)

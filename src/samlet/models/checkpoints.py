@@ -26,6 +26,7 @@ from samlet.frames import PIXEL_MEAN, PIXEL_STD
 from samlet.models import hf
 from samlet.models.arch import infer_arch
 from samlet.models.build import build_sam
+from samlet.models.lora import merged_state
 from samlet.models.vit import PATCH
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def save_sam_upstream(sam: Sam, path: Path) -> None:
 
 
 def plain_state(sam: Sam) -> dict[str, Tensor]:
-    """The state_dict as contiguous CPU tensors in a plain dict."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in sam.state_dict().items()}
+    """The state_dict under upstream's keys, LoRA merged, as contiguous CPU tensors in a plain dict."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in merged_state(sam).items()}
 
 
 def _locate(path: Path) -> tuple[Path, bool]:

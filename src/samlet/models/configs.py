@@ -45,6 +45,17 @@ class EncoderConfig(StrictModel):
     """Width of the MLPs in units of the block's channels."""
 
 
+class LoraConfig(StrictModel):
+    """Low-rank adaptation (LoRA): chosen layers learn a small correction, and nothing else of their part trains."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of the corrections."""
+    alpha: float = Field(8.0, gt=0)
+    """The correction is alpha / rank times the product of its factors."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("image_encoder.*.attn.qkv", "image_encoder.*.attn.proj")
+    """Names of the layers, where * stands for anything."""
+
+
 class ModelConfig(StrictModel):
     """A SAM: its kind, where its weights come from, and how it is trained."""
 
@@ -60,6 +71,8 @@ class ModelConfig(StrictModel):
     """Sizes of the encoder, where they differ from the published ones."""
     batch_norm: Literal["frozen", "calibrated", "train"] = "frozen"
     """BatchNorm statistics: kept (pretrained weights), measured once at the start (from scratch), or trained."""
+    lora: LoraConfig | None = None
+    """Train low-rank corrections of some layers (rank, alpha, targets) in place of all weights of their part."""
 
     def mistakes(self) -> Iterable[tuple[tuple[str | int, ...], str]]:
         """Sizes that belong to another kind of encoder."""
@@ -98,6 +111,7 @@ class ModelConfig(StrictModel):
         from samlet.errors import CheckpointError
         from samlet.models.build import build_sam
         from samlet.models.checkpoints import copy_decoder, load_sam
+        from samlet.models.lora import add_lora
         from samlet.models.norms import freeze_batch_norm
 
         sizes = self.encoder.model_dump(exclude_none=True)
@@ -114,4 +128,6 @@ class ModelConfig(StrictModel):
             except CheckpointError as error:
                 raise CheckpointError(f"{self.decoder_checkpoint}: {error}") from error
         freeze_batch_norm(sam, self.batch_norm != "train")
+        if self.lora is not None:
+            add_lora(sam, **self.lora.model_dump())
         return sam

@@ -1,6 +1,6 @@
 """Train a student: read from top to bottom, this file is the whole run.
 
-`train(config)` sets up, `fit` is the loop, `Run` is what the loop carries. Started twice with the same
+`train(config)` sets up (samlet.run), `fit` is the loop, `Run` is what the loop carries. Started twice with the same
 configuration it goes on where it stopped, to the same weights as if it had never stopped.
 """
 
@@ -9,106 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from samlet.config import RunConfig, with_todays_keys
-from samlet.data.dataset import SegmentationDataset, ValidationSet, collate
-from samlet.data.sampler import SampleKey, StepSampler, epoch_order
-from samlet.distill.teacher import Lesson, TeacherTeam
-from samlet.engine.assembly import build_step, build_team, load_teachers
+from samlet.config import RunConfig
+from samlet.data.dataset import collate
+from samlet.data.sampler import StepSampler
+from samlet.distill.teacher import Lesson
 from samlet.engine.audit import audit_gradients
-from samlet.engine.checkpoint import TrainerState, save_checkpoint
+from samlet.engine.checkpoint import save_checkpoint
 from samlet.engine.curves import plot_curves
-from samlet.engine.device import build_accelerator, place, to_device
-from samlet.engine.facts import facts_of_end, facts_of_start, refuse_other_config
+from samlet.engine.device import build_accelerator, to_device
+from samlet.engine.facts import facts_of_end
 from samlet.engine.finite import broken_terms, leave_out
 from samlet.engine.judgement import begin_next_stage, judge, lambda_at
 from samlet.engine.memory import keep_freed_memory, peak_memory, readable
-from samlet.engine.parts import build_optimizer, calibrate_batch_norm, set_trainable, set_weight_decay
-from samlet.engine.plan import Pace
+from samlet.engine.parts import set_trainable, set_weight_decay
 from samlet.engine.processes import agreed, gather_random_states, gathered, total
 from samlet.engine.progress import StepProgress, shown_terms
-from samlet.engine.resume import resume
 from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
 from samlet.engine.signals import StopRequest, leave_signals_to_the_run, listen_for_stop
-from samlet.engine.step import Counts, TrainStep, count_images
-from samlet.engine.validation import ForgettingGuard, draw_overlays, validate
+from samlet.engine.step import Counts, count_images
+from samlet.engine.validation import draw_overlays, validate
 from samlet.errors import DataError
-from samlet.models import Sam
+from samlet.run import Run, Stage, set_up
 from samlet.types import Batch
-
-BATCHES_TO_CALIBRATE = 8
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of the run: a complete configuration, and what was built of it around the one student."""
-
-    name: str
-    config: RunConfig
-    step: TrainStep
-    team: TeacherTeam | None
-    train_set: SegmentationDataset
-    steps: int  # optimizer steps, where it does not stop early
-
-
-@dataclass
-class Run:
-    """What the loop carries."""
-
-    accelerator: Accelerator
-    folder: RunDir
-    state: TrainerState
-    stages: tuple[Stage, ...]
-    pace: Pace
-    wrapped: nn.Module
-    optimizer: AcceleratedOptimizer
-    val_set: ValidationSet
-    guard: ForgettingGuard | None
-
-    @property
-    def stage(self) -> Stage:
-        """The stage of the step that follows."""
-        return self.stages[self.state.stage]
-
-    @property
-    def config(self) -> RunConfig:
-        """The present stage's configuration."""
-        return self.stage.config
-
-    @property
-    def step(self) -> TrainStep:
-        """The present stage's training step."""
-        return self.stage.step
-
-    @property
-    def student(self) -> Sam:
-        """What is trained, through all stages."""
-        return self.step.student
-
-    @property
-    def steps_in_stage(self) -> int:
-        """Optimizer steps of the present stage that are done."""
-        return self.state.step - self.state.stage_began
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run, if no stage to come stops early."""
-        return self.state.stage_began + sum(stage.steps for stage in self.stages[self.state.stage :])
-
-    def place(self, step: int, split: str) -> dict[str, Any]:
-        """The beginning of a row of metrics: step, epoch and split, and the stage where there are several."""
-        where = {"step": step, "epoch": self.pace.epochs(self.state.step), "split": split}
-        return {**where, "stage": self.stage.name} if self.stage.name else where
 
 
 def train(config: RunConfig) -> int:
@@ -135,78 +64,6 @@ def train(config: RunConfig) -> int:
         finally:
             folder.close()
     return 0 if run.state.finished else stop.exit_code
-
-
-def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
-    """Data, student, teachers, optimizer, and the state of an earlier start if there is one."""
-    torch.manual_seed(config.seed)
-    former = folder.read_config()
-    refuse_other_config(plain_config(config), with_todays_keys(former) if former else None, folder)
-    train_set = config.dataset.build_train(
-        image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
-    )
-    val_set = config.dataset.build_val(seed=config.seed)
-    student = config.model.build()
-    place(student, accelerator.device, config.training)
-    set_trainable(student, config.training.freeze, config.model.batch_norm)
-    optimizer = build_optimizer(
-        student,
-        learning_rate=config.training.learning_rate,
-        weight_decay=config.training.weight_decay,
-        betas=config.training.betas,
-    )
-    state = resume(config.resume, accelerator, folder, student, optimizer)
-    if config.training.compile:
-        student.image_encoder.compile()
-    stages = set_up_stages(config, accelerator.device, student, train_set)
-    run = Run(
-        accelerator=accelerator,
-        folder=folder,
-        state=state,
-        stages=stages,
-        pace=Pace.of(len(train_set), config.training),
-        wrapped=stages[0].step,
-        optimizer=accelerator.prepare_optimizer(optimizer),
-        val_set=val_set,
-        guard=ForgettingGuard.of(config.validation),
-    )
-    if state.step == 0 and config.model.batch_norm == "calibrated":
-        calibrate(run)
-    accelerator.wait_for_everyone()  # what is written here must not look like an earlier run to a slower process
-    if accelerator.is_main_process:
-        images = [(record.image_id, record.image_path) for record in (*train_set.records, *val_set.records)]
-        folder.write_config(plain_config(config))
-        folder.update_facts(**facts_of_start(plain_config(config), accelerator.num_processes, images))
-    return run
-
-
-def set_up_stages(
-    config: RunConfig, device: torch.device, student: Sam, train_set: SegmentationDataset
-) -> tuple[Stage, ...]:
-    """Every stage before the first step, so that what cannot be used stops no later one; teachers are loaded once."""
-    resolved, names = config.resolved(), [stage.name for stage in config.stages] or [""]
-    distils = any(found.distillation.enable for found in resolved)
-    teachers = config.teachers if distils else ()
-    models = load_teachers(teachers, config.model.image_size, device, config.training)
-    stages = []
-    for name, found in zip(names, resolved, strict=True):
-        step = build_step(student, found.loss, found.distillation, found.prompts)
-        place(step, device, config.training)
-        prompts, augmentation = found.prompts.build(found.dataset.mode), found.augmentation.build()
-        data = train_set.varied(prompts, augmentation)
-        team = build_team(found.teachers, models, step)
-        stages.append(Stage(name, found, step, team, data, Pace.of(len(data), found.training).steps(found.training)))
-    return tuple(stages)
-
-
-def calibrate(run: Run) -> None:
-    """Measure BatchNorm statistics on the first images of the first epoch, the same ones in every process."""
-    data, batch_size = run.stage.train_set, run.config.training.batch_size
-    order = epoch_order(len(data), run.config.seed, 0)[: BATCHES_TO_CALIBRATE * batch_size]
-    samples = [data[SampleKey(0, int(index))] for index in order]
-    size = max(len(samples) // BATCHES_TO_CALIBRATE, 1)
-    batches = (collate(samples[start : start + size]) for start in range(0, len(samples), size))
-    calibrate_batch_norm(run.student, (on_device(batch, run).pixels for batch in batches))
 
 
 def wrap(run: Run) -> None:
@@ -297,6 +154,8 @@ def optimizer_step(run: Run, window: Sequence[Batch]) -> dict[str, float | int |
         leave_out(broken, window, **about)
         return {}
     run.optimizer.step()
+    if run.average is not None:
+        run.average.follow(run.student, run.state.step)
     loss_value = sum(value for name, value in values.items() if name.endswith("/weighted"))
     where = run.place(run.state.step + 1, "train")
     coefficient = {"lambda": run.step.lambda_coef} if run.step.objectives else {}
@@ -381,10 +240,10 @@ def validate_and_judge(run: Run, progress: StepProgress) -> bool:
     """Measure the student; note, keep and draw what came out; whether the stage has stopped to improve."""
     config, state = run.config.validation, run.state
     run.student.eval()
-    metrics = validate(run.student, run.val_set, run.accelerator, config.max_images)
+    metrics = validate(run.measured, run.val_set, run.accelerator, config.max_images)
     drop, patience = 0.0, config.early_stopping_patience
     if run.guard is not None:
-        metrics |= run.guard.measure(run.student, run.accelerator)
+        metrics |= run.guard.measure(run.measured, run.accelerator)
         drop = run.guard.drop(metrics, state)
     eligible = run.guard is None or run.guard.allows(drop)
     found = judge(
@@ -405,9 +264,9 @@ def validate_and_judge(run: Run, progress: StepProgress) -> bool:
         + (", the best so far" if found.is_best else "")
     )
     if found.is_best:
-        run.folder.save_best(run.student, row)
+        run.folder.save_best(run.measured, row)
     overlays = run.folder.overlays / f"step-{state.step:08d}"
-    draw_overlays(overlays, run.val_set, run.student, run.stage.team, config.overlays)
+    draw_overlays(overlays, run.val_set, run.measured, run.stage.team, config.overlays)
     return found.ends_stage
 
 
@@ -430,6 +289,8 @@ def save(run: Run) -> None:
             optimizer=run.optimizer.optimizer,
             random_states=random_states,
             scaler=scaler,
+            average=run.average,
+            projections=run.step.projections,
         )
         run.folder.drop_old_checkpoints(run.config.checkpoint.keep_last)
     run.accelerator.wait_for_everyone()
@@ -446,8 +307,3 @@ def finish(run: Run) -> None:
             f"{run.state.best_step}\n" + "\n".join(f"  {path}" for path in published)
         )
     run.accelerator.wait_for_everyone()
-
-
-def plain_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON values, every default filled in."""
-    return config.model_dump(mode="json", by_alias=True)
