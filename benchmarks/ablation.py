@@ -11,6 +11,7 @@ been run are not run again. Writes ablation.md and ablation.png below --out.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -85,19 +86,22 @@ def run_set(root: Path, out: Path, seeds: list[int], arms: list[str]) -> dict[st
 
 def student_scores(out: Path, place: tuple[str, ...], arm: str, seed: int) -> Scores:
     """One student, trained unless it has been, and measured."""
-    folder = {"none": "alone", "neck + mask": "distilled"}.get(
-        arm, arm.replace(" ", "_").replace(",", "").replace("'", "")
-    )
-    teacher = out / "teacher"
-    settings = [*place, *ARMS[arm], f"seed={seed}", f"output_dir={out / f'{folder}-{seed}'}"]
-    settings += [f"model.decoder_checkpoint={teacher}", f"teachers.0.checkpoint={teacher}"]
+    file, teacher = CONFIGS / "distillation_student.yaml", out / "teacher"
+    first = (f"model.decoder_checkpoint={teacher}", f"teachers.0.checkpoint={teacher}")
+    steps = load_config(RunConfig, file, (*place, *first)).training.max_steps or 0
     if arm == TWO_TEACHERS:
         both = f"[{{name: first, checkpoint: {teacher}}}, {{name: second, checkpoint: {out / 'teacher-1'}}}]"
-        settings = [*(s for s in settings if not s.startswith("teachers")), f"teachers={both}"]
-    base = load_config(RunConfig, CONFIGS / "distillation_student.yaml", tuple(place))
-    rest = (base.training.max_steps or 0) - NECK_STEPS
-    filled = tuple(setting.replace("REST", str(rest)) for setting in settings)
-    return scores_of(load_config(RunConfig, CONFIGS / "distillation_student.yaml", filled))
+        first = (first[0], f"teachers={both}")
+    own = tuple(setting.replace("REST", str(steps - NECK_STEPS)) for setting in ARMS[arm])
+    return scores_of(
+        load_config(RunConfig, file, (*place, *first, *own, f"seed={seed}", f"output_dir={folder_of(arm, out, seed)}"))
+    )
+
+
+def folder_of(arm: str, out: Path, seed: int) -> Path:
+    """Where a student is trained; two arms are those of distillation.py."""
+    name = {"none": "alone", "neck + mask": "distilled"}.get(arm) or re.sub(r"[^a-z_]+", "-", arm)
+    return out / f"{name}-{seed}"
 
 
 def interval(values: list[float]) -> tuple[float, float]:
