@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes"), train=6, val=1)
 
 
-def storm(scenes: Path, out: Path, kills: int, *, bug: str = "none", **blocks: Any) -> dict[str, Any]:
+def storm(
+    scenes: Path, out: Path, kills: int, *, bugs: Sequence[str] = ("none",), world: int = 1, **blocks: Any
+) -> dict[str, dict[str, Any]]:
     command = [
         sys.executable,
         str(Path(__file__).with_name("crash_harness.py")),
         str(scenes),
         str(out),
         str(kills),
-        bug,
+        ",".join(bugs),
+        str(world),
     ]
     done = subprocess.run(
         [*command, json.dumps(blocks)],
@@ -36,40 +40,70 @@ def storm(scenes: Path, out: Path, kills: int, *, bug: str = "none", **blocks: A
         text=True,
         check=False,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 SAVES: dict[str, Any] = {"checkpoint": {"every_steps": 2}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "workers": {"training": {"num_workers": 2}},
+    "two processes": {"world": 2},
+    "two processes with workers": {"world": 2, "training": {"num_workers": 1}},
+}
+
+
+def weather(scenes: Path, out: Path, kills: int, variant: str, epochs: int, **blocks: Any) -> None:
+    settings = {**VARIANTS[variant], **blocks}
+    training = {"epochs": epochs, **settings.pop("training", {})}
+    result = storm(scenes, out, kills, **SAVES, training=training, **settings)["none"]
+    assert result["hits"] >= kills
+    assert (result["files"], result["differing"]) == (6, [])
 
 
 def test_twenty_kills_change_nothing(scenes: Path, tmp_path: Path) -> None:
-    result = storm(scenes, tmp_path, 20, **SAVES, training={"epochs": 8, "num_workers": 0})
-    assert result["hits"] >= 20
-    assert (result["files"], result["differing"]) == (5, [])
+    weather(scenes, tmp_path, 20, "alone", epochs=5)
+
+
+@pytest.mark.parametrize("variant", ["workers", "two processes"])
+def test_a_few_kills_change_nothing_with(scenes: Path, tmp_path: Path, variant: str) -> None:
+    weather(scenes, tmp_path, 3, variant, epochs=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", list(VARIANTS)[1:])
+def test_twenty_kills_change_nothing_with(scenes: Path, tmp_path: Path, variant: str) -> None:
+    weather(scenes, tmp_path, 20, variant, epochs=5)
 
 
 def test_kills_change_nothing_with_teacher_bf16_and_accumulation(scenes: Path, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.pth")
-    result = storm(
+    weather(
         scenes,
         tmp_path,
         6,
-        **SAVES,
+        "alone",
+        epochs=3,
         model={"batch_norm": "train"},
-        training={"epochs": 4, "batch_size": 1, "accumulation": 2, "precision": "bf16"},
+        training={"batch_size": 1, "accumulation": 2, "precision": "bf16"},
         distillation={"enable": True},
         teachers=[{"name": "T", "checkpoint": str(teacher)}],
     )
-    assert result["hits"] >= 6
-    assert (result["files"], result["differing"]) == (5, [])
 
 
-@pytest.mark.parametrize("bug", ["naive_save", "forgotten_sampler", "kept_rows"])
-def test_the_harness_notices_a_planted_bug(scenes: Path, tmp_path: Path, bug: str) -> None:
-    result = storm(scenes, tmp_path, 8, bug=bug, **SAVES, training={"epochs": 4})
-    assert result["hits"] >= 1
-    assert result["differing"]
+def test_the_harness_notices_planted_bugs(scenes: Path, tmp_path: Path) -> None:
+    bugs = ("naive_save", "forgotten_sampler", "forgotten_random", "kept_rows")
+    results = storm(scenes, tmp_path, 8, bugs=bugs, **SAVES, training={"epochs": 3})
+    assert set(results) == set(bugs)
+    for bug, result in results.items():
+        assert result["hits"] >= 1, bug
+        assert result["differing"], bug
+
+
+@pytest.mark.slow
+def test_the_harness_notices_a_rank_that_hangs(scenes: Path, tmp_path: Path) -> None:
+    result = storm(scenes, tmp_path, 1, bugs=["deaf"], world=2, **SAVES, training={"epochs": 3})["deaf"]
+    assert result["differing"][0] in ("exit codes [-9, 'hangs']", "exit codes ['hangs', -9]")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from samlet.artefacts import sha256_of
 from samlet.recipes.train import train
-from samlet.run import plain_config
 from tests.tiny import tiny_config, write_scenes, write_teacher
 
-RUNS = ("one", "first")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -38,48 +36,81 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     }
 
 
-def run_in_two(scenes: Path, out: Path, **blocks: Any) -> Path:
+def launch_two(scenes: Path, out: Path, late: int | None = None, **blocks: Any) -> list[subprocess.Popen[str]]:
     config = out.with_suffix(".json")
-    config.write_text(json.dumps(plain_config(tiny_config(scenes, out, **blocks))))
+    config.write_text(tiny_config(scenes, out, **blocks).model_dump_json(by_alias=True))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    processes = [
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LATE_RANK": str(late),
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(config)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in range(2)
     ]
+
+
+def run_in_two(scenes: Path, out: Path, late: int | None = None, **blocks: Any) -> Path:
+    processes = launch_two(scenes, out, late, **blocks)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said[0][-1500:] + said[1][-1500:]
     return out
 
 
-def test_two_processes_equal_one_and_themselves(blocks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def calm(blocks: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbs; the second takes its time."""
     scenes, settings = blocks
-    assert train(tiny_config(scenes, tmp_path / "one", **settings)) == 0
-    first = run_in_two(scenes, tmp_path / "first", **settings)
-    again = run_in_two(scenes, tmp_path / "again", **settings)
+    return run_in_two(scenes, tmp_path_factory.mktemp("calm") / "run", late=1, resume="never", **settings)
 
-    assert sha256_of(first / "student.safetensors") == sha256_of(again / "student.safetensors")
-    assert (first / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
 
-    for newest in sorted((again / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(newest)
-    run_in_two(scenes, again, **settings)  # goes on after the part has thawed
-    assert sha256_of(first / "student.safetensors") == sha256_of(again / "student.safetensors")
-    assert (first / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
-
-    one, two = load_file(tmp_path / "one" / "student.safetensors"), load_file(first / "student.safetensors")
+def test_two_processes_come_to_the_weights_of_one(
+    blocks: tuple[Path, dict[str, Any]], calm: Path, tmp_path: Path
+) -> None:
+    scenes, settings = blocks
+    alone = tmp_path / "alone"
+    assert train(tiny_config(scenes, alone, **settings)) == 0
+    one, two = load_file(alone / "student.safetensors"), load_file(calm / "student.safetensors")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-    rows = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in RUNS]
-    for alone, shared in zip(*rows, strict=True):
-        assert alone.pop("split") == shared.pop("split")
-        assert alone == pytest.approx(shared, rel=2e-4, abs=1e-5)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (alone, calm)]
+    for one_row, two_row in zip(*rows, strict=True):
+        assert one_row.pop("split") == two_row.pop("split")
+        assert one_row == pytest.approx(two_row, rel=2e-4, abs=1e-5)
+
+
+def test_a_process_that_loses_the_other_ends_and_the_run_goes_on_to_the_same_bits(
+    blocks: tuple[Path, dict[str, Any]], calm: Path, tmp_path: Path
+) -> None:
+    """The first checkpoint lies where the frozen part begins to train, the others after it."""
+    scenes, settings = blocks
+    out = tmp_path / "run"
+    for victim in (1, 0):
+        saved = len(list(out.glob("checkpoints/step-*")))
+        processes = launch_two(scenes, out, **settings)
+        while len(list(out.glob("checkpoints/step-*"))) == saved:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        processes[victim].kill()
+        survivor = processes[1 - victim]
+        said = survivor.communicate(timeout=60)[0]
+        processes[victim].communicate()
+        assert survivor.returncode not in (0, -signal.SIGKILL), said[-1500:]
+    run_in_two(scenes, out, **settings)
+    for name in ("student.safetensors", "metrics.jsonl"):
+        assert (calm / name).read_bytes() == (out / name).read_bytes(), name
