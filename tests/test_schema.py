@@ -270,3 +270,57 @@ def test_the_schema_carries_types_and_forbids_strangers() -> None:
     schema = json_schema(Run)
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Block"]["properties"]["lambda_coef"]["minimum"] == 0
+
+
+class Pace(StrictModel):
+    low: float = 0.1
+    high: float = 1.0
+    warmup: int = 0
+    steps: int = 10
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if self.low > self.high:
+            yield ("low",), "is above high"
+        rest = self.steps - self.warmup
+        if self.high < 10:
+            if rest < 0:
+                yield ("warmup",), "is longer than the run"
+            elif self.low < 0:
+                yield ("low",), "is negative"
+        yield from self._more()
+
+    def _more(self) -> Iterable[tuple[Loc, str]]:
+        if self.high == 7:
+            yield ("high",), "is 7"
+        if self.warmup == 7:
+            yield ("warmup",), "is 7"
+
+
+class Paced(StrictModel):
+    pace: Pace = Pace()
+    others: tuple[Pace, ...] = ()
+
+    def mistakes(self) -> Iterable[tuple[Loc, str]]:
+        if self.pace.high < 1 < self.pace.steps:
+            yield ("others",), "are too slow"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{low: 3}", ["pace.low: is above high"]),
+        ("{low: 3, high: tall}", ["pace.high"]),
+        ("{low: -1, high: tall, warmup: 7}", ["pace.high", "pace.warmup: is 7"]),
+        ("{low: 3, steps: few, warmup: 20}", ["pace.low: is above high", "pace.steps"]),
+        ("{high: 0.5, warmup: 20}", ["others: are too slow", "pace.warmup: is longer than the run"]),
+        ("{high: 0.5, steps: few}", ["pace.steps"]),
+        ("{}\nothers: [{low: 3, high: tall}, {low: 3}]", ["others.0.high", "others.1.low: is above high"]),
+    ],
+)
+def test_no_cross_check_speaks_of_a_value_that_only_stands_in(tmp_path: Path, text: str, said: list[str]) -> None:
+    path = write(tmp_path, f"pace: {text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Paced, path)
+    lines = sorted(line.split(": ", 1)[1] for line in str(caught.value).splitlines())
+    assert len(lines) == len(said), lines
+    assert all(line.startswith(start) for line, start in zip(lines, sorted(said), strict=True)), lines

@@ -5,14 +5,18 @@ A mistake reads `file:line: path: what is wrong (did you mean ...?)`. Nothing in
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import CodeType, FrameType, UnionType, new_class
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
@@ -24,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from samlet.errors import ConfigError
 
 Loc = tuple[str | int, ...]
+Lines = set[tuple[CodeType, int]]
 Model = TypeVar("Model", bound="StrictModel")
 
 MAX_NODES = 100_000  # a file that aliases itself into more is an attack, not a configuration
@@ -96,7 +101,7 @@ def load_config(
         source.override(override)
     found: dict[tuple[Loc, str], None] = {}
     config, judged = _validate(kind, source.plain, check_files, found)
-    for loc, message in () if config is None else all_mistakes(config):
+    for loc, message in () if config is None else all_mistakes(config, judged=judged):
         if not any(loc[:length] in judged for length in range(len(loc) + 1)):
             found[(loc, message)] = None
     if found or config is None:
@@ -172,17 +177,75 @@ def _mended(kind: type[StrictModel], plain: Any, cut: set[Loc], absent: set[Loc]
     return copy(plain, ())
 
 
-def all_mistakes(config: StrictModel, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
-    """What `mistakes` of a configuration and of all its blocks find, with whole paths; overlays are left out."""
+def all_mistakes(config: StrictModel, loc: Loc = (), judged: Set[Loc] = frozenset()) -> Iterator[tuple[Loc, str]]:
+    """What `mistakes` of a configuration and of all its blocks find, with whole paths; overlays are left out.
+
+    So is what rests on a value at a `judged` place, which only stands in for a wrong one.
+    """
     if isinstance(config, Overlay):
         return
     for name, value in config:
         members = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
         for index, member in members:
             if isinstance(member, StrictModel):
-                yield from all_mistakes(member, (*loc, name) if index is None else (*loc, name, index))
-    for below, message in config.mistakes():
-        yield (*loc, *below), message
+                yield from all_mistakes(member, (*loc, name) if index is None else (*loc, name, index), judged)
+    touched = Lines()
+    found = iter(_watched(config, loc, judged, touched).mistakes())
+    for below, message in found:
+        if not touched or not touched & _lines_behind(found):
+            yield (*loc, *below), message
+
+
+def _watched(block: Any, loc: Loc, judged: Set[Loc], touched: Lines) -> Any:
+    """The same block; where a field at a judged place is read, the lines that do so enter `touched`."""
+    if isinstance(block, list | tuple):
+        return type(block)(_watched(member, (*loc, index), judged, touched) for index, member in enumerate(block))
+    if not isinstance(block, StrictModel) or not any(place[: len(loc)] == loc for place in judged):
+        return block
+    kind = type(block)
+    stand_ins = {name for name in kind.model_fields if (*loc, name) in judged}
+
+    def read(self: StrictModel, name: str) -> Any:
+        if name in stand_ins:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                touched.add((frame.f_code, frame.f_lineno))
+                frame = frame.f_back
+        return kind.__getattribute__(self, name)
+
+    copy = block.model_copy()
+    for name in kind.model_fields:
+        copy.__dict__[name] = _watched(getattr(block, name), (*loc, name), judged, touched)
+    body = {"__getattribute__": read, "__module__": kind.__module__}
+    object.__setattr__(copy, "__class__", new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body)))
+    return copy
+
+
+def _lines_behind(found: Any) -> Lines:
+    """The lines on which it depends that a generator of mistakes stands where it does: conditions and their names."""
+    while getattr(found, "gi_yieldfrom", None) is not None:
+        found = found.gi_yieldfrom
+    if not inspect.isgenerator(found):
+        return set()
+    code, stopped = found.gi_code, found.gi_frame.f_lineno if found.gi_frame else 0
+    try:
+        source, first = inspect.getsourcelines(code)
+    except OSError:  # it is not installed: then everything is said
+        return set()
+    function: Any = ast.increment_lineno(ast.parse(textwrap.dedent("".join(source))), first - 1).body[0]
+    lines, body = set[int](), [function]
+    while around := [part for part in body if part.lineno <= stopped <= part.end_lineno]:
+        body = [*getattr(around[0], "body", []), *getattr(around[0], "orelse", [])]
+        deeper = any(part.lineno <= stopped <= part.end_lineno for part in body)
+        end = max(around[0].lineno, min(part.lineno for part in body) - 1) if deeper else around[0].end_lineno
+        lines |= set(range(around[0].lineno, end + 1))
+    words = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    for part in reversed([node for node in ast.walk(function) if isinstance(node, ast.Assign | ast.AnnAssign)]):
+        own = range(part.lineno, (part.end_lineno or part.lineno) + 1)
+        names = {word.id for word in words if word.lineno in lines}
+        if names & {word.id for word in words if word.lineno in own and isinstance(word.ctx, ast.Store)}:
+            lines |= set(own)
+    return {(code, line) for line in lines}
 
 
 class _Source:
