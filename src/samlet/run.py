@@ -13,6 +13,7 @@ from torch import nn
 
 from samlet.config import RunConfig, with_todays_keys
 from samlet.data.dataset import SegmentationDataset, ValidationSet
+from samlet.data.splits import names_taken
 from samlet.distill.projections import Projections, fit_projections
 from samlet.distill.teacher import TeacherTeam
 from samlet.engine.assembly import add_projections, build_step, build_team, head_of, load_teachers
@@ -105,6 +106,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     torch.manual_seed(config.seed)
     former = folder.read_config()
     refuse_other_config(plain_config(config), with_todays_keys(former) if former else None, folder)
+    for sentence in names_taken(config.dataset):
+        accelerator.print(sentence)
     train_set = config.dataset.build_train(
         image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
     )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from samlet.data.formats import as_split, exists, read_split, split_place
-from tests.data.builders import picture, save, write_split
+from samlet.data.splits import names_taken
+from tests.data.builders import config, picture, save, write_split
 from tests.data.test_formats import DISCS, all_masks, annotation, coco, compressed, entry, uncompressed
 
 
@@ -123,3 +124,71 @@ def test_hidden_files_are_no_sa1b(tmp_path: Path) -> None:
         (tmp_path / "sa1b" / name).write_text(json.dumps(content))
     found = read_split(tmp_path, None)
     assert (found.format, len(found.records), found.problems) == ("sa1b", 1, [])
+
+
+def _one_file_for_all(root: Path, names: dict[str, str], home: str = "images", file: str = "annotations.json") -> None:
+    """An image a split, all listed in one file; what it calls them."""
+    images, annotations = [], []
+    for number, (split, name) in enumerate(names.items()):
+        save(picture(seed=number), root / home / split / f"{split}_a.png")
+        images.append({**entry(), "id": number, "file_name": name})
+        annotations.append({**annotation(uncompressed(DISCS[number])), "id": number, "image_id": number})
+    coco(root / file, images, annotations)
+
+
+@pytest.mark.parametrize("file", ["annotations.json", "annotations/instances_default.json"])
+@pytest.mark.parametrize(
+    ("home", "called"),
+    [
+        (".", "{split}_a.png"),
+        (".", "{split}/{split}_a.png"),
+        ("images", "{split}_a.png"),
+        ("images", "{split}/{split}_a.png"),
+        ("images", "images/{split}/{split}_a.png"),
+    ],
+)
+def test_one_annotation_file_for_all_splits(tmp_path: Path, home: str, file: str, called: str) -> None:
+    _one_file_for_all(tmp_path, {split: called.format(split=split) for split in ("train", "val")}, home, file)
+    for number, split in enumerate(("train", "val")):
+        found = read_split(tmp_path, split)
+        assert (found.format, found.problems) == ("coco", [])
+        assert [record.image_path.name for record in found.records] == [f"{split}_a.png"]
+        (masks,) = all_masks(found).values()
+        assert np.array_equal(masks, DISCS[number : number + 1])
+    assert len(read_split(tmp_path, "images/train" if home == "images" else "train").records) == 1
+
+
+def test_a_file_for_all_splits_says_what_it_leaves_open(tmp_path: Path) -> None:
+    _one_file_for_all(tmp_path, {"train": "train_a.png", "val": "val_a.png"})
+    save(picture(), tmp_path / "images" / "test" / "b.png")
+    bare = read_split(tmp_path, "test")
+    assert [record.open_masks for record in bare.records] == [None]
+    assert "lists no image of" in bare.problems[0].reason
+
+    save(picture(), tmp_path / "images" / "val" / "train_a.png")
+    (twice,) = [problem for problem in read_split(tmp_path, "train").problems if problem.level == "error"]
+    assert "means" in twice.reason
+    assert "write its folder to it" in twice.reason
+
+    (tmp_path / "images" / "val" / "train_a.png").unlink()
+    (tmp_path / "images" / "val" / "val_a.png").unlink()
+    (lost,) = [problem for problem in read_split(tmp_path, "train").problems if problem.level == "error"]
+    assert lost.reason == "its file val_a.png is not there"
+
+
+def test_what_is_wrong_in_another_split_of_the_same_file_is_not_held_against_this_one(tmp_path: Path) -> None:
+    _one_file_for_all(tmp_path, {"train": "train_a.png", "val": "val_a.png"})
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["annotations"][1]["segmentation"] = [[1, 2]]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    assert not read_split(tmp_path, "train").problems
+    assert [problem.level for problem in read_split(tmp_path, "val").problems] == ["error"]
+
+
+def test_every_name_that_stands_in_for_a_split_is_said(tmp_path: Path) -> None:
+    write_split(tmp_path / "Train", images=2)
+    write_split(tmp_path / "valid", images=1)
+    assert names_taken(config(tmp_path)) == [f"{tmp_path / 'valid'}: is taken as dataset.val ('val')"]
+    (tmp_path / "valid").rename(tmp_path / "val")
+    assert names_taken(config(tmp_path)) == []
+    assert names_taken(config(tmp_path, val="absent")) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,26 @@ def test_one_trainer_at_a_time(tmp_path: Path) -> None:
             pass
         with pytest.raises(SamletError, match="another samlet train"), RunDir(tmp_path).locked():
             pass
+
+
+def test_a_worker_that_outlives_a_killed_trainer_keeps_nobody_out(tmp_path: Path) -> None:
+    """DataLoader's workers are forked under the lock, and notice the trainer's end only after seconds."""
+    reading, writing = os.pipe()
+    trainer = os.fork()
+    if not trainer:
+        with RunDir(tmp_path).locked():
+            worker = os.fork()
+            if not worker:
+                signal.pause()
+            os.write(writing, str(worker).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    worker = int(os.read(reading, 20))
+    try:
+        with RunDir(tmp_path).locked():
+            os.kill(worker, 0)  # it is there still
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:

@@ -226,3 +226,37 @@ def test_checking_data_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("bare", "broken", "said"),
+    [
+        (True, False, "2 file(s) stop training; set dataset.unlabelled to use if a teacher is to supervise them"),
+        (False, True, "1 file(s) stop training; mend them, or set dataset.broken to skip and have them counted."),
+        (True, True, "dataset.broken to skip and have them counted; for the 2 without masks set dataset.unlabelled"),
+    ],
+)
+def test_the_verdict_names_the_remedy_that_helps(tmp_path: Path, bare: bool, broken: bool, said: str) -> None:
+    root = write_small(tmp_path / "data")
+    if bare:
+        for name in ("x.png", "y.png"):
+            save(picture(seed=ord(name[0])), root / "train" / "images" / name)
+    if broken:
+        (root / "val" / "images" / "im000.png").write_bytes(b"")
+    code, text, _ = _run(root)
+    assert code == 2
+    assert said in text
+    assert ("dataset.broken" in text) is broken
+
+
+def test_one_annotation_file_for_all_splits_is_checked_and_trains(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    images = [{**entry(), "id": number, "file_name": f"{number}.png"} for number in range(3)]
+    masks = [{**annotation(uncompressed(DISCS[0])), "id": number, "image_id": number} for number in range(3)]
+    for number in range(3):
+        save(picture(seed=number), root / "images" / ("val" if number == 2 else "train") / f"{number}.png")
+    coco(root / "annotations.json", images, masks)
+    code, text, _ = _run(root)
+    assert (code, "Training can use all of it." in text) == (0, True)
+    assert [record.image_id for record in train_split(config(root), 0).records] == ["0", "1"]
+    assert [record.image_id for record in val_split(config(root), 0).records] == ["2"]

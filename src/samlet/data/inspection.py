@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 _OF_MASKS = frozenset({"images", "image", "masks", "mask", "labels", "instances", "annotations", "sa1b"})
 _SPLIT_NAMES = frozenset((*SPLITS, *(alias for aliases in ALIASES.values() for alias in aliases)))
-_NO_MASKS = {
+NO_MASKS = {
     "refuse": "has no masks; only a teacher could supervise it (dataset.unlabelled: use)",
     "use": "has no masks; only a teacher can supervise it",
     "drop": "has no masks; it is left out",
@@ -214,7 +214,7 @@ class _Inspector:
         report, path = self.report, record.image_path
         if record.open_masks is None:
             level: Literal["error", "warning"] = "error" if self.unlabelled == "refuse" else "warning"
-            report.note(path, _NO_MASKS[self.unlabelled], level)
+            report.note(path, NO_MASKS[self.unlabelled], level)
         try:
             info, pixels = probe_image(path), read_image(path)
         except DataError as error:

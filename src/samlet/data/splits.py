@@ -26,6 +26,17 @@ class Split(NamedTuple):
     problems: list[Problem]
 
 
+def names_taken(config: DatasetConfig) -> list[str]:
+    """A sentence for each split that is read from a folder or file of another name than the configuration's."""
+    asked = [("train", config.train), ("val", config.val)]
+    places = [(key, name, split_place(config.root, name)) for key, name in asked if exists(config.root, name)]
+    return [
+        f"{place}: is taken as dataset.{key} ('{name}')"
+        for key, name, place in places
+        if place.name.casefold() != Path(name).name.casefold()
+    ]
+
+
 def describe(problems: Sequence[Problem]) -> str:
     """Problems as lines of text; long lists are cut and counted."""
     lines = [f"{problem.path}: {problem.reason}" for problem in problems[:_SHOWN]]

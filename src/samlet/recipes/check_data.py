@@ -14,7 +14,7 @@ from rich.table import Table
 from samlet.artefacts import write_file, write_json
 from samlet.data.contact_sheet import contact_sheet
 from samlet.data.formats import FormatName
-from samlet.data.inspection import Report, SplitReport, Unlabelled, inspect
+from samlet.data.inspection import NO_MASKS, Report, SplitReport, Unlabelled, inspect
 from samlet.data.records import Problem
 
 _SHOWN = 10  # paths listed below one and the same remark; the JSON file holds them all
@@ -83,12 +83,14 @@ def print_report(report: Report, console: Console) -> None:
     _print_grouped("Good to know", [problem for problem in problems if problem.level != "error"], "yellow", console)
     _print_grouped("Training refuses", errors, "red", console, cut=False)
     files = [problem for problem in errors if problem not in report.problems]
+    bare = [problem for problem in files if problem.reason == NO_MASKS["refuse"]]
+    broken = len(files) - len(bare)
+    remedies = ["mend them, or set dataset.broken to skip and have them counted"] if broken else []
+    if bare:
+        whose = f"for the {len(bare)} without masks " if broken else ""
+        remedies.append(f"{whose}set dataset.unlabelled to use if a teacher is to supervise them, or to drop")
     if files:
-        console.print(
-            f"[bold red]{len(files)} file(s) stop training[/]; mend them, "
-            "or set dataset.broken to skip and have them counted.",
-            soft_wrap=True,
-        )
+        console.print(f"[bold red]{len(files)} file(s) stop training[/]; {'; '.join(remedies)}.", soft_wrap=True)
     elif errors:
         console.print("[bold red]Training cannot start[/] on these splits.")
     else:

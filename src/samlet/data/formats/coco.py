@@ -2,7 +2,8 @@
 
 The JSON is `<split>.json` beside the split's folder, any single COCO file in that folder, or lies in
 `annotations/`, also as `instances_<split>*.json`; image files are looked up by `file_name` in the usual folders
-(`<split>/`, `<split>2017/`, both also below `images/`) and never outside the data set.
+(`<split>/`, `<split>2017/`, both also below `images/`) and never outside the data set. A split without a JSON of its
+own shares `annotations.json` of the folder around it: it has the images of that file which lie in its own folder.
 """
 
 from __future__ import annotations
@@ -15,13 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from samlet.data.formats import mask_folders
 from samlet.data.formats.mask_folders import IMAGES
 from samlet.data.images import contained
-from samlet.data.records import Found, Record, entry, identity, list_images, open_segmentations, sub_folders
+from samlet.data.records import (
+    Found,
+    Record,
+    entry,
+    first_folder,
+    identity,
+    list_images,
+    open_segmentations,
+    sub_folders,
+)
 from samlet.data.segmentations import flaw
 from samlet.errors import DataError
 
 _SNIFFED = 1 << 16  # bytes in which a COCO file shows one of its keys
+_SHARED = ("annotations.json", "instances.json", "instances_default.json", "coco.json", "labels.json")
 _NAMES = ("_annotations.coco.json", "annotations.json", "instances.json", "coco.json", "labels.json")
 
 
@@ -53,9 +65,23 @@ def annotation_files(place: Path) -> list[Path]:
     return [path for path in files if _looks_like_coco(path)]
 
 
+def shared_files(place: Path) -> list[Path]:
+    """COCO files that lie beside the folders of all splits, for a split that has images, the likeliest first."""
+    if not place.is_dir() and not sub_folders(place, IMAGES):
+        return []
+    home = _around(place)
+    files = (folder / name for folder in (home, entry(home, "annotations")) for name in _SHARED)
+    return [path for path in files if path.is_file() and _looks_like_coco(path)]
+
+
+def _around(place: Path) -> Path:
+    """The folder that holds all splits."""
+    return place.parent.parent if place.parent.name.casefold() in IMAGES else place.parent
+
+
 def matches(place: Path) -> bool:
     """Whether a split has a COCO file."""
-    return bool(annotation_files(place))
+    return bool(annotation_files(place) or shared_files(place))
 
 
 def read(place: Path, root: Path) -> Found:
@@ -65,12 +91,27 @@ def read(place: Path, root: Path) -> Found:
         DataError: there is no COCO file, or it is not JSON of COCO's form.
     """
     files = annotation_files(place)
+    if not files and (shared := shared_files(place)):
+        return _read_shared(shared[0], place, root)
     if not files:
         raise DataError(f"{place}: there is no COCO annotation file; name it in dataset.train or dataset.val")
     found = Found("coco")
     for other in files[1:]:
         found.warn(other, f"is not used; {files[0].name} is taken")
     return _Reader(files[0], _image_folders(place, files[0]), root, found).read()
+
+
+def _read_shared(file: Path, place: Path, root: Path) -> Found:
+    """The images of a split that a file for all splits lists; where it lists none of them, they are unlabelled."""
+    own = first_folder(place, IMAGES) or place
+    around = [*sub_folders(_around(place), IMAGES), own.parent, _around(place)]
+    others = [path for folder in around for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = _Reader(file, list(dict.fromkeys([own, *others, *around])), root, Found("coco"), own).read()
+    if found.records or found.problems:
+        return found
+    found = mask_folders.read(place, root)
+    found.warn(file, f"lists no image of {own}; they are taken as unlabelled")
+    return found
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -112,8 +153,10 @@ def _beginning_with(word: str, folders: Sequence[Path]) -> Iterator[Path]:
 class _Reader:
     """One COCO file on its way into records."""
 
-    def __init__(self, file: Path, folders: list[Path], root: Path, found: Found) -> None:
+    def __init__(self, file: Path, folders: list[Path], root: Path, found: Found, own: Path | None = None) -> None:
         self.file, self.folders, self.root, self.found = file, folders, root, found
+        self.own = own  # the folder of the split, where the file is for other splits too
+        self.elsewhere = set[Any]()  # ids of images in other splits' folders
         content = load_json(file)
         self.images = self._list(content, "images")
         self.annotations = self._list(content, "annotations")
@@ -130,13 +173,11 @@ class _Reader:
         return sound
 
     def read(self) -> Found:
-        by_image = self._by_image()
         used: dict[str, Path] = {}
         seen = set[Any]()
-        for image in self.images:
-            path = self._locate(image, seen)
-            if path is None:
-                continue
+        located = [(image, path) for image in self.images if (path := self._locate(image, seen)) is not None]
+        by_image = self._by_image()
+        for image, path in located:
             image_id = identity(Path(str(image["file_name"])), Path())
             if image_id.casefold() in used:
                 self.found.error(path, f"has the same name as {used[image_id.casefold()].name} but for case or suffix")
@@ -158,18 +199,27 @@ class _Reader:
             self.found.error(where, f"file_name {name!r} leads out of the data set")
         else:
             seen.add(key)
-            return self._existing(name, where)
+            return self._existing(name, key, where)
         return None
 
-    def _existing(self, name: str, where: str) -> Path | None:
+    def _existing(self, name: str, key: int | str, where: str) -> Path | None:
         try:
-            path = next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+            paths = [folder / name for folder in self.folders if (folder / name).is_file()]
         except OSError as error:
             self.found.error(where, f"its file_name is no usable path ({error.strerror})")
             return None
-        if path is None:
+        if not paths:
             self.found.error(where, f"its file {name} is not there")
             return None
+        path = paths[0]
+        if self.own is not None:
+            foreign = [other for other in paths if not other.is_relative_to(self.own)]
+            if path in foreign:
+                self.elsewhere.add(key)
+                return None
+            if foreign:
+                self.found.error(where, f"its file_name {name} means {path} and {foreign[0]}; write its folder to it")
+                return None
         try:
             return contained(path, self.root)
         except DataError as error:
@@ -191,6 +241,8 @@ class _Reader:
         by_image: dict[Any, list[dict[str, Any]]] = {}
         seen, counts = set[Any](), Counter[str]()
         for item in self.annotations:
+            if isinstance(item.get("image_id"), int | str) and item["image_id"] in self.elsewhere:
+                continue
             if item.get("iscrowd"):
                 counts["crowd"] += 1
             elif reason := self._flaw(item, sizes, seen):
