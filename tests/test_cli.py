@@ -20,7 +20,17 @@ def samlet(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["schema"], ["check-data", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["schema"],
+        ["check-data", "--help"],
+        ["doctor", "--help"],
+        ["interpolate", "--help"],
+    ],
+)
 def test_help_and_configuration_import_no_torch(words: list[str]) -> None:
     code = (
         "import sys\nfrom samlet.cli import app\n"

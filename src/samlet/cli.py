@@ -93,6 +93,22 @@ def train(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, laid over the file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Look at a run on two batches: terms, gradients, times, memory, how long it will be; exit 2 on what is off."""
+    from samlet.config import RunConfig
+    from samlet.schema import load_config
+
+    checked = load_config(RunConfig, config, overrides or ())
+    from samlet.recipes.doctor import doctor
+
+    raise typer.Exit(doctor(checked, as_json=json))
+
+
+@app.command()
 def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Weights, runs or folders; name=path names one.")],
     data: Annotated[Path, typer.Argument(help="The data set.")],

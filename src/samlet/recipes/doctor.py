@@ -1,0 +1,225 @@
+"""Look at a run before it is paid for: two training batches of each stage, taken by the run's own code.
+
+Says what every term is worth, where its gradient goes and what it costs, where a step's time goes, what moved that
+should not, how much memory it took, and how long the whole run will be. Leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from samlet.config import RunConfig
+from samlet.engine.device import build_accelerator
+from samlet.engine.diagnosis import Reading, StepTimes, Still, Stopwatch, read_terms, timing
+from samlet.engine.diagnosis_page import show
+from samlet.engine.evaluation import evaluate_sam
+from samlet.engine.findings import Diagnosis, Finding, findings
+from samlet.engine.memory import keep_freed_memory, peak_memory
+from samlet.engine.parts import set_weight_decay
+from samlet.engine.run_dir import RunDir
+from samlet.engine.step import Counts, count_images
+from samlet.errors import SamletError
+from samlet.recipes import train
+from samlet.run import Run, set_up
+
+BATCHES = 2
+IMAGES = 2  # that a validation is timed on
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage showed, and how long it will be."""
+
+    diagnosis: Diagnosis
+    times: StepTimes  # of the last of the batches, when nothing is done for the first time any more
+    seconds: float  # of all its steps
+    validations: int
+
+
+def doctor(config: RunConfig, *, as_json: bool = False) -> int:
+    """Examine a configuration and print what was found; the exit code, 2 where something is off.
+
+    Raises:
+        SamletError: something it was given cannot be used, as `samlet train` would say.
+    """
+    with tempfile.TemporaryDirectory(prefix="samlet-doctor-") as place, redirect_stdout(sys.stderr):
+        report = examine(config, Path(place))
+    if as_json:
+        sys.stdout.write(json.dumps(without_nan(report), indent=2, allow_nan=False) + "\n")
+    else:
+        show(report)
+    return 2 if any(finding["level"] == "error" for finding in report["findings"]) else 0
+
+
+def examine(config: RunConfig, place: Path) -> dict[str, Any]:
+    """Everything that the doctor knows, as JSON values; `place` is a folder that may be written."""
+    training = config.training.model_copy(update={"num_workers": 0})  # so that the data's own time shows
+    resume = config.resume if isinstance(config.resume, Path) else "auto"
+    changed = config.model_copy(update={"training": training, "output_dir": place, "resume": resume})
+    accelerator = build_accelerator(training)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    with _saying("reading data and models") as say:
+        run = set_up(changed, accelerator, RunDir(place))
+        reports = []
+        for number, stage in enumerate(run.stages[run.state.stage :], start=run.state.stage):
+            say(f"{f'stage {stage.name}: ' if stage.name else ''}two training batches")
+            if number > run.state.stage:
+                run.state.stage, run.state.stage_began = number, run.state.step
+            reports.append(examine_stage(run, config.training.num_workers))
+        say("validation")
+        per_validation = seconds_of_validation(run)
+    return as_plain(run, config, reports, per_validation)
+
+
+def examine_stage(run: Run, num_workers: int) -> StageReport:
+    """Two optimizer steps of the present stage, each over one micro-batch."""
+    set_weight_decay(run.optimizer, run.config.training.weight_decay)
+    train.enter_training_mode(run)
+    train.wrap(run)
+    frozen = run.pace.frozen_at(run.steps_in_stage, run.config.training)
+    still = Still(run.step, run.stage.team, frozen, run.config.model.batch_norm)
+    batches = train.load_batches(run)
+    readings: list[Reading] = []
+    norms: list[float] = []
+    refused: list[str] = []
+    times = StepTimes()
+    for _ in range(BATCHES):
+        watch = Stopwatch(run.accelerator.device)
+        with watch.running("data"):
+            batch = next(batches)
+        readings.append(read(run, batch))
+        try:
+            with timing(run.step, run.stage.team, run.optimizer.optimizer) as times:
+                row = train.optimizer_step(run, [batch])
+            norms += [float(row["grad_norm"])] if row else []
+        except SamletError as error:
+            refused.append(str(error))
+        times.data = watch.seconds["data"]
+        run.state.step += 1
+    training, validation = run.config.training, run.config.validation
+    diagnosis = Diagnosis(run.stage.name, readings, norms, training.max_grad_norm, still.moved(), still.count, refused)
+    after = (run.pace.validates_after(step, training, validation) for step in range(1, run.stage.steps + 1))
+    seconds = run.stage.steps * seconds_of_step(times, training.accumulation, num_workers)
+    return StageReport(diagnosis, times, seconds, sum(after))
+
+
+def read(run: Run, batch: Any) -> Reading:
+    """The terms of a batch at the full weight of the distillation, which a warm-up would hide."""
+    run.step.lambda_coef = run.config.distillation.lambda_coef
+    batch = train.on_device(batch, run)._replace(draw=train.draw_of(run))
+    counts = Counts(*map(float, count_images([batch])))
+    with run.accelerator.autocast():
+        return read_terms(run.step, batch, lambda given: train.teach(run, run.stage, given), counts)
+
+
+def seconds_of_step(times: StepTimes, accumulation: int, num_workers: int) -> float:
+    """Of one optimizer step, where workers prepare the data beside it."""
+    if num_workers == 0:
+        waiting = times.data
+    else:
+        waiting = max(times.data / min(num_workers, os.cpu_count() or 1) - times.computing, 0.0)
+    return accumulation * (times.computing + waiting) + times.optimizer
+
+
+def seconds_of_validation(run: Run) -> float:
+    """Of one validation, its retention set included, judged by its first images."""
+    found = 0.0
+    sets = [(run.val_set, run.config.validation.max_images)]
+    sets += [] if run.guard is None else [(run.guard.images, run.guard.max_images)]
+    for images, most in sets:
+        count = min(len(images), most or len(images))
+        timed = min(count, IMAGES)
+        watch = Stopwatch(run.accelerator.device)
+        with watch.running("images"):
+            evaluate_sam(run.student, images, indices=range(timed))
+        found += watch.seconds["images"] / timed * count
+    return found / int(run.accelerator.num_processes)
+
+
+def as_plain(run: Run, config: RunConfig, reports: list[StageReport], per_validation: float) -> dict[str, Any]:
+    """The report as JSON values."""
+    found: list[Finding] = [finding for report in reports for finding in findings(report.diagnosis)]
+    validations = sum(report.validations for report in reports) + (run.guard is not None)
+    steps = sum(report.seconds for report in reports)
+    cuda = run.accelerator.device.type == "cuda"
+    return {
+        "run": {
+            "student": run.student.kind,
+            "parameters": sum(parameter.numel() for parameter in run.student.parameters()),
+            "image_size": run.student.image_size,
+            "device": run.accelerator.device.type,
+            "precision": config.training.precision,
+            "batch_size": config.training.batch_size,
+            "accumulation": config.training.accumulation,
+            "steps": sum(stage.steps for stage in run.stages),
+            "train_images": len(run.stage.train_set),
+            "val_images": len(run.val_set),
+        },
+        "stages": [_stage(report) for report in reports],
+        "memory": {
+            "peak_rss_bytes": peak_memory(torch.device("cpu")),
+            "peak_cuda_bytes": peak_memory(run.accelerator.device) if cuda else None,
+        },
+        "predicted_seconds": {
+            "steps": steps,
+            "validations": validations * per_validation,
+            "validation_count": validations,
+            "whole": steps + validations * per_validation,
+        },
+        "findings": [finding._asdict() for finding in found],
+        "healthy": not any(finding.level == "error" for finding in found),
+    }
+
+
+def without_nan(value: Any) -> Any:
+    """The same values with null for what is not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: without_nan(member) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stage(report: StageReport) -> dict[str, Any]:
+    seen = report.diagnosis
+    return {
+        "stage": seen.stage,
+        "batches": [
+            {
+                "terms": {name: term._asdict() for name, term in reading.terms.items()},
+                "student_iou": reading.student_iou,
+                "teacher_iou": reading.teacher_iou,
+            }
+            for reading in seen.readings
+        ],
+        "grad_norms": list(seen.norms),
+        "milliseconds": {part: 1000 * seconds for part, seconds in report.times.seconds().items()},
+        "moved": list(seen.moved),
+        "frozen": seen.frozen,
+        "seconds": report.seconds,
+        "validations": report.validations,
+    }
+
+
+@contextmanager
+def _saying(first: str) -> Iterator[Any]:
+    """A line on the terminal that says what is being looked at; nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status(first) as status:
+        yield status.update
