@@ -153,14 +153,17 @@ class RunConfig(StrictModel):
             here: Loc = ("stages", number)
             if stage.name in [earlier.name for earlier in self.stages[:number]]:
                 yield (*here, "name"), f"'{stage.name}' is taken by another stage"
-            for below in stage.unchangeable():
+            fixed = list(stage.unchangeable())
+            for below in fixed:
                 yield (*here, *below), ONE_FOR_ALL
             for name in stage.teacher_weights.keys() - set(teachers):
                 yield (*here, "teacher_weights", name), f"there is no such teacher; there are {', '.join(teachers)}"
             for below, message in all_mistakes(self._with(stage)):
-                if (below, message) not in known and below[0] in StageConfig.model_fields:
+                if (below, message) in known or below in fixed:
+                    continue
+                if below[0] in StageConfig.model_fields:
                     yield (*here, *below), message
-                elif (below, message) not in known:
+                else:
                     yield below, f"in stage '{stage.name}': {message}"
 
 

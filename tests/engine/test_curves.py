@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samlet.engine.curves import arrange, plot_curves, read_lines, smoothed
+from samlet.engine.curves import arrange, plot_curves, read_lines, read_stages, smoothed
 from samlet.errors import SamletError
 
 
@@ -122,3 +122,15 @@ def test_no_global_plotting_state(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_stages_are_read_in_order_and_drawn(tmp_path: Path) -> None:
+    rows = [row | {"stage": "neck" if row["step"] < 15 else "masks", "lambda": 0.5} for row in _rows()]
+    metrics = _write(tmp_path / "metrics.jsonl", rows)
+    assert read_stages(metrics) == [(1, "neck"), (15, "masks")]
+    assert read_stages(_write(tmp_path / "plain.jsonl", _rows())) == []
+    assert "stage" not in read_lines(metrics)["train"]
+    assert [panel.kind for panel in arrange(read_lines(metrics)) if panel.title == "lambda"] == ["plain"]
+    plot_curves(metrics, tmp_path / "with.png")
+    plot_curves(_write(tmp_path / "one.jsonl", [row | {"stage": "neck"} for row in rows]), tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()

@@ -227,8 +227,7 @@ def digests(out: Path) -> dict[str, str]:
     newest = checkpoint.checkpoints_in(out / "checkpoints")
     files = [out / "metrics.jsonl", out / "student.safetensors"]
     if newest:
-        names = ("student.safetensors", "optimizer.safetensors", "random.safetensors", "trainer.json")
-        files += [newest[0] / name for name in names]
+        files += [*sorted(newest[0].glob("*.safetensors")), newest[0] / "trainer.json"]
     return {
         f"{file.parent.name if file.parent != out else ''}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files

@@ -29,7 +29,7 @@ from samlet.errors import SamletError
 from samlet.models import load_sam
 from samlet.recipes import train as recipe
 from samlet.recipes.train import train
-from samlet.run import plain_config
+from samlet.run import Run, plain_config
 from samlet.schema import load_config
 from tests.tiny import IMAGE_SIZE, STUDENT, tiny_config, write_scenes, write_teacher
 
@@ -190,7 +190,7 @@ def test_a_signal_saves_and_the_run_goes_on(scenes: Path, tmp_path: Path, number
     calm = tiny_config(scenes, tmp_path / "calm", training=training)
     assert train(calm) == 0
 
-    def step_and_signal(run: recipe.Run, window: Any) -> Any:
+    def step_and_signal(run: Run, window: Any) -> Any:
         row = original(run, window)
         if run.state.step == 3:
             os.kill(os.getpid(), number)

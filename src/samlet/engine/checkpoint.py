@@ -127,6 +127,10 @@ def load_checkpoint(
     manifest = read_manifest(place)
     if manifest.get("format", 0) > FORMAT:
         raise CheckpointError(f"{place}: written by samlet {manifest.get('samlet')}; upgrade samlet to read it")
+    beside = {LORA: bool(adapted_layers(student)), AVERAGE: average is not None, PROJECTIONS: bool(projections)}
+    for name, wanted in beside.items():
+        if wanted and name not in manifest["files"]:
+            raise CheckpointError(f"{place}: has no {name}: its run had another configuration than this one")
     try:
         lora = load_file(place / LORA) if adapted_layers(student) else {}
         load_merged_state(student, load_file(place / "student.safetensors"), lora)
@@ -139,9 +143,6 @@ def load_checkpoint(
         random_states = load_file(place / "random.safetensors")
         trainer = json.loads((place / "trainer.json").read_text(encoding="utf-8"))
         state = TrainerState(**trainer["state"])
-    except FileNotFoundError as error:
-        missing = Path(error.filename or place).name
-        raise CheckpointError(f"{place}: has no {missing}: its run had another configuration than this one") from error
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{place}: does not fit this run's model: {reason[:300]}") from error

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLACE = ("step", "epoch", "split")
+PLACE = ("step", "epoch", "split", "stage")
+PLAIN = ("lr", "lambda")  # drawn as they are: they follow a rule, not a loss
 SCORES = {"_miou": "mIoU", "_mdice": "mDice"}
 RETENTION = "retention/"  # metrics of what should not be forgotten
 COLUMNS = 4
@@ -46,7 +47,7 @@ def plot_curves(metrics: Path, out: Path) -> None:
     """Draw every number in metrics.jsonl over the steps as small multiples, into a PNG.
 
     Scores share one picture, the best of each marked and named; a term shows its raw value, and thinly what it
-    adds to the loss. Train curves are drawn faintly as logged, and smoothed on top.
+    adds to the loss. Train curves are drawn faintly as logged, and smoothed on top. Stages are parted by lines.
 
     Raises:
         SamletError: the metrics cannot be read, or the picture cannot be written.
@@ -54,7 +55,7 @@ def plot_curves(metrics: Path, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = arrange(read_lines(metrics))
+    panels, stages = arrange(read_lines(metrics)), read_stages(metrics)
     columns = min(max(len(panels), 1), COLUMNS)
     rows = max(-(-len(panels) // columns), 1)
     figure = Figure(figsize=(3.5 * columns + 0.3, 2.5 * rows + 0.5), dpi=130, facecolor=PAPER, layout="constrained")
@@ -65,6 +66,7 @@ def plot_curves(metrics: Path, out: Path) -> None:
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         _draw(axes, panel)
+        _mark_stages(axes, stages)
         if place + columns >= len(panels):
             axes.set_xlabel("step", fontsize=7, color=FAINT)
     write_file(out, lambda temporary: save_figure(figure, temporary))
@@ -84,6 +86,20 @@ def read_lines(metrics: Path) -> dict[str, dict[str, Line]]:
     return {split: {name: _line(pairs) for name, pairs in sorted(names.items())} for split, names in points.items()}
 
 
+def read_stages(metrics: Path) -> list[tuple[int, str]]:
+    """The first logged step and the name of each stage, in their order; none where the run has no stages.
+
+    Raises:
+        SamletError: as `read_lines`.
+    """
+    begins: list[tuple[int, str]] = []
+    for row in _rows(metrics):
+        name = row.get("stage")
+        if row.get("split") == "train" and isinstance(name, str) and (not begins or begins[-1][1] != name):
+            begins.append((row["step"], name))
+    return begins
+
+
 def arrange(lines: Mapping[str, Mapping[str, Line]]) -> list[Panel]:
     """Panels in reading order: scores, retention, loss, task terms, distillation terms, then everything else."""
     train, val = dict(lines.get("train", {})), dict(lines.get("val", {}))
@@ -98,7 +114,7 @@ def arrange(lines: Mapping[str, Mapping[str, Line]]) -> list[Panel]:
         shown = {"raw": train[name]}
         if f"{name}/weighted" in train:
             shown["weighted"] = train[f"{name}/weighted"]
-        panels.append(Panel(name.replace("/", " / "), shown, "plain" if name == "lr" else "term"))
+        panels.append(Panel(name.replace("/", " / "), shown, "plain" if name in PLAIN else "term"))
     panels += [Panel(f"validation {name}", {"raw": line}, "plain") for name, line in val.items()]
     return panels
 
@@ -135,7 +151,7 @@ def _line(pairs: Sequence[tuple[int, float]]) -> Line:
 
 
 def _reading_order(name: str) -> tuple[int, str]:
-    groups = ("loss", "task/", "distill/", "", "grad_norm", "lr")
+    groups = ("loss", "task/", "distill/", "", "grad_norm", "lr", "lambda")
     matching = [place for place, group in enumerate(groups) if group and name.startswith(group)]
     return (matching[0] if matching else groups.index(""), name)
 
@@ -157,6 +173,23 @@ def _draw(axes: Axes, panel: Panel) -> None:
     _scale(axes, panel)
     if len(panel.lines) > 1:
         axes.legend(fontsize=7, frameon=False, labelcolor=FAINT, loc="upper right", handlelength=1.8)
+
+
+def _mark_stages(axes: Axes, stages: Sequence[tuple[int, str]]) -> None:
+    """A line where a stage begins, with its name; the first needs no line."""
+    for place, (step, name) in enumerate(stages):
+        if place:
+            axes.axvline(step - 0.5, color=FAINT, lw=0.8, ls=(0, (1, 2)))
+        axes.annotate(
+            name,
+            (step - 0.5, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, -7),
+            textcoords="offset points",
+            fontsize=6,
+            color=FAINT,
+            annotation_clip=True,
+        )
 
 
 def _draw_scores(axes: Axes, panel: Panel) -> None:
