@@ -17,9 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from samlet.errors import CheckpointError, SamletError
 
 MANIFEST = "manifest.json"
+_REFUSALS = (OSError, RuntimeError, SafetensorError)  # how Python, torch and safetensors report a full disk
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<time>\d+)\.(?P<kind>tmp|old)")  # what `_sibling` makes
 
 
@@ -41,7 +44,7 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
 
 
-def _cannot_write(path: Path, error: OSError | RuntimeError) -> SamletError:
+def _cannot_write(path: Path, error: Exception) -> SamletError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return SamletError(
         f"{path}: could not be written ({reason}); what was there before is untouched. "
@@ -62,7 +65,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except _REFUSALS as error:
         raise _cannot_write(path, error) from error
     finally:
         with suppress(OSError):  # there may be no folder to find it in
@@ -100,11 +103,13 @@ def write_directory(path: Path, fill: Callable[[Path], object], **facts: Any) ->
             for file in files
         }
         write_json(temporary / MANIFEST, {**facts, "files": listing})
+        for file in files:  # safetensors lets nobody else read what it writes, whatever the user's umask says
+            file.chmod((temporary / MANIFEST).stat().st_mode)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
         _flush(path.parent)
-    except (OSError, RuntimeError) as error:
+    except _REFUSALS as error:
         if old.exists() and not path.exists():
             os.replace(old, path)
         raise _cannot_write(path, error) from error
