@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from samlet.artefacts import read_manifest
+from samlet.distill.configs import TERMS
 from samlet.engine import checkpoint
 from samlet.engine.step import TrainStep
 from samlet.errors import SamletError
@@ -40,14 +41,12 @@ def test_a_checkpoint_that_outgrows_the_disk_is_one_sentence(tmp_path: Path, meg
     optimizer.step()
     mount = tmp_path / "small"
     mount.mkdir()
-    size = ["-o", f"size={megabytes}m"]
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", *size, "tmpfs", str(mount)], capture_output=True, check=False
-    ).returncode:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(mount)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
         state = checkpoint.TrainerState(step=1)
-        with pytest.raises(SamletError, match="could not be written .*No space left on device"):
+        with pytest.raises(SamletError, match=r"could not be written .*No space left on device"):
             checkpoint.save_checkpoint(mount, state, student=student, optimizer=optimizer, random_states={})
         assert list(mount.iterdir()) == []
     finally:
@@ -89,13 +88,14 @@ def test_a_signal_between_two_micro_batches_waits_for_the_step(scenes: Path, tmp
 
 
 def test_run_json_tells_configurations_and_data_apart(tmp_path: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", train=2, val=1)
+
     def facts(name: str, **blocks: Any) -> dict[str, Any]:
         training = {"max_steps": 1, **blocks.pop("training", {})}
         assert train(tiny_config(scenes, tmp_path / name, training=training, **blocks)) == 0
         found: dict[str, Any] = json.loads((tmp_path / name / "run.json").read_text())
         return found
 
-    scenes = write_scenes(tmp_path / "scenes", train=2, val=1)
     first = facts("first")
     same = facts("same", training={"num_workers": 1}, checkpoint={"keep_last": 5})
     other = facts("other", training={"learning_rate": 1e-4})
@@ -142,14 +142,12 @@ AS_A_WHOLE = ("AugmentationConfig.", "EncoderConfig.")  # every field is an argu
 
 def test_every_key_is_read(scenes: Path, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.pth")
-    terms = ("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits")
-    terms += ("encoder_matching", "decoder_matching", "attention_matching", "rkd")
     config = tiny_config(
         scenes / "train",  # one split, of which some is held out
         tmp_path / "run",
         distillation={
             "enable": True,
-            **{term: {"enable": True} for term in terms},
+            **{term: {"enable": True} for term in TERMS},
             "dynamic_lambda": {"enable_plateau_scheduler": True, "patience": 1, "threshold": 0.9},
         },
         teachers=[{"name": "T", "checkpoint": str(teacher)}],

@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from samlet.engine.checkpoint import checkpoints_in
 from samlet.recipes.train import train
 from tests.tiny import tiny_config, write_scenes, write_teacher
 
+Process = subprocess.Popen[str]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +38,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     }
 
 
-def launch_two(scenes: Path, out: Path, late: int | None = None, **blocks: Any) -> list[subprocess.Popen[str]]:
+def launch_two(scenes: Path, out: Path, *, late: int = -1, poisoned: int = -1, **blocks: Any) -> list[Process]:
     config = out.with_suffix(".json")
     config.write_text(tiny_config(scenes, out, **blocks).model_dump_json(by_alias=True))
     with socket.socket() as free:
@@ -49,6 +51,8 @@ def launch_two(scenes: Path, out: Path, late: int | None = None, **blocks: Any) 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "LATE_RANK": str(late),
+        "POISONED_RANK": str(poisoned),
+        "ACCUMULATION": str(blocks["training"]["accumulation"]),
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}",
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
@@ -65,8 +69,8 @@ def launch_two(scenes: Path, out: Path, late: int | None = None, **blocks: Any) 
     ]
 
 
-def run_in_two(scenes: Path, out: Path, late: int | None = None, **blocks: Any) -> Path:
-    processes = launch_two(scenes, out, late, **blocks)
+def run_in_two(scenes: Path, out: Path, *, late: int = -1, **blocks: Any) -> Path:
+    processes = launch_two(scenes, out, late=late, **blocks)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said[0][-1500:] + said[1][-1500:]
     return out
@@ -114,3 +118,19 @@ def test_a_process_that_loses_the_other_ends_and_the_run_goes_on_to_the_same_bit
     run_in_two(scenes, out, **settings)
     for name in ("student.safetensors", "metrics.jsonl"):
         assert (calm / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_what_happens_to_one_process_is_decided_by_both(blocks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Its loss is not finite in step 2: both leave the step out. It is asked to stop in step 4: both save and stop."""
+    scenes, settings = blocks
+    out = tmp_path / "run"
+    training = {**settings["training"], "non_finite": "skip"}
+    processes = launch_two(scenes, out, poisoned=1, **{**settings, "training": training})
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said[0][-1500:] + said[1][-1500:]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 3, 4]
+    (newest, *_) = checkpoints_in(out / "checkpoints")
+    state = json.loads((newest / "trainer.json").read_text())["state"]
+    assert (state["step"], state["skipped_steps"]) == (4, 1)
+    assert all(value.isfinite().all() for value in load_file(newest / "student.safetensors").values())

@@ -114,6 +114,7 @@ def fit(run: Run, stop: StopRequest) -> None:
             if saves or stopping or over:
                 save(run)
             if stopping and not state.finished:
+                stop.signal = max(gathered([stop.signal or 0], run.accelerator))  # one process may have got it alone
                 progress.say(f"stopped at step {state.step}; the same command goes on from here")
                 return
 
