@@ -99,7 +99,7 @@ def test_it_leaves_nothing_and_the_run_is_the_same_after_it(
     with patch("tempfile.tempdir", str(temporary)):
         assert doctor(config) == 0
     assert not (tmp_path / "run").exists()
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("samlet*")) == []  # torch may make its compiler's folder there
     assert train(config) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert doctor(config) == 0  # beside a finished run
