@@ -131,6 +131,7 @@ class RunConfig(StrictModel):
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """What no single field can see."""
         yield from self._stage_mistakes()
+        yield from self._cache_mistakes()
         names = [teacher.name for teacher in self.teachers]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -143,6 +144,24 @@ class RunConfig(StrictModel):
             yield (
                 ("dataset", "unlabelled"),
                 "images without masks teach nothing without a teacher; enable distillation, or set it to 'refuse'",
+            )
+
+    def _cache_mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What embeddings cannot be kept for."""
+        training, augmentation = self.training, self.augmentation
+        if not training.cache_embeddings:
+            return
+        if "image_encoder" not in training.freeze or training.unfreeze_epoch is not None:
+            yield (
+                ("training", "cache_embeddings"),
+                "keeps what the image encoder says, so it must never train: put image_encoder into training.freeze, "
+                "and leave unfreeze_epoch null",
+            )
+        if augmentation.enable and augmentation.variants is None:
+            yield (
+                ("training", "cache_embeddings"),
+                "each epoch's augmentation makes new images, which have no embedding yet: set augmentation.variants "
+                "(4, say, for four variations of each image), or augmentation.enable to false",
             )
 
     def _stage_mistakes(self) -> Iterable[tuple[Loc, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +18,10 @@ from samlet.distill.projections import Projections, fit_projections
 from samlet.distill.teacher import TeacherTeam
 from samlet.engine.assembly import add_projections, build_step, build_team, head_of, load_teachers
 from samlet.engine.checkpoint import TrainerState
-from samlet.engine.device import place, to_device
+from samlet.engine.device import memory_format, place, to_device
 from samlet.engine.ema import AverageStudent
+from samlet.engine.embeddings import embeddings_reader, fingerprint, keep_embeddings
+from samlet.engine.evaluation import unchanged_in_eval_mode
 from samlet.engine.facts import facts_of_start, refuse_other_config
 from samlet.engine.parts import build_optimizer, calibrate_batch_norm, named_parameters
 from samlet.engine.plan import Pace
@@ -27,8 +29,13 @@ from samlet.engine.resume import resume
 from samlet.engine.run_dir import RunDir
 from samlet.engine.step import TrainStep
 from samlet.engine.validation import ForgettingGuard
+from samlet.errors import ConfigError
 from samlet.models import Sam
 from samlet.types import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 BATCHES_TO_MEASURE = 8  # before the first step
 
@@ -141,6 +148,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     )
     if state.step == 0:
         measure_first_images(run)
+    if config.training.cache_embeddings:
+        run.stages = tuple(cache_embeddings(run, stage) for stage in run.stages)
     accelerator.wait_for_everyone()  # what is written here must not look like an earlier run to a slower process
     if accelerator.is_main_process:
         images = [(record.image_id, record.image_path) for record in (*train_set.records, *val_set.records)]
@@ -167,6 +176,31 @@ def set_up_stages(
         add_projections(projections, step.objectives, student, team, first_batches(stages[-1], device))
     place(projections, device, config.training)
     return tuple(stages)
+
+
+def cache_embeddings(run: Run, stage: Stage) -> Stage:
+    """The stage with its samples' embeddings, computed by the main process where they are not yet in the folder.
+
+    Raises:
+        ConfigError: a term looks into the image encoder.
+    """
+    if stage.step.student_taps:
+        raise ConfigError(
+            f"training.cache_embeddings: the encoder does not run, and {', '.join(stage.step.student_taps)} of it is "
+            "compared; disable the terms of the image encoder"
+        )
+    training, device, data = stage.config.training, run.accelerator.device, stage.train_set
+    facts = fingerprint(data, run.student, training.precision)
+
+    def encode(pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 256 h w"]:
+        with unchanged_in_eval_mode(run.student), run.accelerator.autocast():
+            placed = pixels.to(device, memory_format=memory_format(training))
+            return run.student.encode(placed).embedding
+
+    if run.accelerator.is_main_process:
+        keep_embeddings(run.folder.embeddings, data, facts, encode, batch_size=training.batch_size)
+    run.accelerator.wait_for_everyone()
+    return replace(stage, train_set=data.with_embeddings(embeddings_reader(run.folder.embeddings, data, facts)))
 
 
 def first_batches(stage: Stage, device: torch.device) -> Iterator[Batch]:

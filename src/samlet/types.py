@@ -57,6 +57,7 @@ class Sample(NamedTuple):
     labelled: Bool[Tensor, "P"]  # False: the prompt was drawn without ground truth, `masks` is zero there
     image_id: str
     skipped: tuple[str, ...] = ()  # what could not be used on the way to this sample, one sentence each
+    embedding: Float[Tensor, "256 h w"] | None = None  # the frozen student's, where it was computed before
 
 
 class Batch(NamedTuple):
@@ -70,6 +71,7 @@ class Batch(NamedTuple):
     image_ids: tuple[str, ...]
     skipped: tuple[str, ...] = ()  # of all its samples
     draw: int = 0  # names what is drawn while it is learnt from: the same for all micro-batches of one optimizer step
+    embedding: Float[Tensor, "B 256 h w"] | None = None  # the frozen student's, in place of running its image encoder
 
 
 class Terms(NamedTuple):

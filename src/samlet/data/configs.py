@@ -74,6 +74,8 @@ class AugmentationConfig(StrictModel):
     """As brightness, for the distance from the mean grey."""
     saturation: Share = 0.2
     """As brightness, for the distance from grey."""
+    variants: Annotated[int, Field(ge=1)] | None = None
+    """So many different variations of each image, which the epochs take in turn; null: a new one in each epoch."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """A range that is upside down."""

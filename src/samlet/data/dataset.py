@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -75,11 +75,18 @@ class SegmentationDataset(Dataset[Sample]):
         self.prompts = PromptSettings() if prompts is None else prompts
         self.augmentation = Augmentation() if augmentation is None else augmentation
         self.objects_per_image, self.min_area, self.broken = objects_per_image, min_area, broken
+        self.embeddings: Callable[[SampleKey], torch.Tensor] | None = None
 
     def varied(self, prompts: PromptSettings, augmentation: Augmentation) -> SegmentationDataset:
         """The same images with other prompts and augmentation."""
         other = copy(self)
         other.prompts, other.augmentation = prompts, augmentation
+        return other
+
+    def with_embeddings(self, lookup: Callable[[SampleKey], torch.Tensor]) -> SegmentationDataset:
+        """The same samples with the student's embedding of each."""
+        other = copy(self)
+        other.embeddings = lookup
         return other
 
     def __len__(self) -> int:
@@ -105,7 +112,8 @@ class SegmentationDataset(Dataset[Sample]):
         for step in range(len(self.records)):
             at = SampleKey(key.epoch, (key.index + step) % len(self.records))
             try:
-                return self._sample(at, skipped)
+                sample = self._sample(at, skipped)
+                return sample if self.embeddings is None else sample._replace(embedding=self.embeddings(key))
             except DataError as error:
                 self._report(error, skipped)
         raise DataError(f"None of {len(self.records)} images can be read; the first: {skipped[0]}")
@@ -119,7 +127,8 @@ class SegmentationDataset(Dataset[Sample]):
         record = self.records[key.index]
         image = read_image(record.image_path)
         size = (image.shape[0], image.shape[1])
-        draw = generator(Stream.GEOMETRY, self.seed, *key)
+        variant = SampleKey(self.augmentation.of(key.epoch), key.index)
+        draw = generator(Stream.GEOMETRY, self.seed, *variant)
         geometry = draw_geometry(draw, size, self.image_size, self.augmentation)
         objects: list[tuple[int, Mask]] = []
         if record.open_masks is not None:
@@ -131,7 +140,7 @@ class SegmentationDataset(Dataset[Sample]):
                 skipped.append(
                     f"{record.image_path}: none of its objects has {self.min_area} pixels in the input frame"
                 )
-        colour = draw_colour(generator(Stream.COLOUR, self.seed, *key), self.augmentation)
+        colour = draw_colour(generator(Stream.COLOUR, self.seed, *variant), self.augmentation)
         resized = change_colour(transform_image(image, geometry), colour)
         rows = self._rows(objects, geometry, key)
         grids = [coverage(mask, self.image_size) for _, mask in objects]
@@ -230,6 +239,7 @@ def join_prompts(parts: Sequence[Prompts]) -> Prompts:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples side by side; `image_index` tells whose each prompt is."""
+    embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
     return Batch(
         pixels=torch.stack([sample.pixels for sample in samples]),
         input_sizes=torch.tensor([sample.input_size for sample in samples], dtype=torch.int64),
@@ -238,6 +248,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         labelled=torch.cat([sample.labelled for sample in samples]),
         image_ids=tuple(sample.image_id for sample in samples),
         skipped=tuple(reason for sample in samples for reason in sample.skipped),
+        embedding=torch.stack(embeddings) if embeddings else None,
     )
 
 

@@ -48,6 +48,11 @@ class Augmentation(NamedTuple):
     brightness: float = 0.0  # factors are drawn from 1 - strength .. 1 + strength
     contrast: float = 0.0
     saturation: float = 0.0
+    variants: int | None = None  # different draws of an image; epochs take turns. None: a new one each epoch
+
+    def of(self, epoch: int) -> int:
+        """The epoch whose draw this epoch takes."""
+        return epoch if self.variants is None else epoch % self.variants
 
 
 def fit(height: float, width: float, target: float) -> tuple[int, int]:

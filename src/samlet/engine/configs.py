@@ -45,6 +45,8 @@ class TrainingConfig(StrictModel):
     """Parts of the student that do not train, BatchNorm statistics included."""
     unfreeze_epoch: int | None = Field(None, ge=1)
     """Epoch (from 0) at which the frozen parts start to train; null: never."""
+    cache_embeddings: bool = False
+    """Run the frozen image encoder once for each image and variant, and train on what it said, kept in output_dir."""
     non_finite: Literal["abort", "skip"] = "abort"
     """What a NaN or infinite loss or gradient does: stop the run, or leave that step out."""
     max_skipped_steps: int = Field(10, ge=0)

@@ -4,6 +4,7 @@ config.yaml        the resolved configuration          metrics.jsonl   one row a
 run.json           versions, seeds, digests, outcome   tensorboard/    the same as events
 curves.png         metrics over steps                  overlays/       fixed validation images, at each validation
 best/              the best student so far             checkpoints/    what resume needs
+embeddings/        what a frozen encoder said, where the configuration wants it kept
 student.safetensors, mobile_sam.pt                     the best student, once the run has ended
 """
 
@@ -45,6 +46,7 @@ class RunDir:
         self.overlays = path / "overlays"
         self.best = path / "best"
         self.checkpoints = path / "checkpoints"
+        self.embeddings = path / "embeddings"
         self._events: SummaryWriter | None = None
 
     @contextmanager

@@ -22,7 +22,7 @@ from samlet.distill.shares import Shares, agreement, shares_of
 from samlet.distill.teacher import Lesson
 from samlet.distill.views import View, encode_tapped
 from samlet.losses.configs import TaskLossConfig
-from samlet.types import Batch, MaskOutput, Terms
+from samlet.types import Batch, ImageFeatures, MaskOutput, Terms
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -87,8 +87,7 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, lessons: tuple[Lesson, ...], counts: Counts) -> tuple[Tensor, Terms]:
         """A micro-batch's share of the step's loss, and of each of its terms."""
-        places = attention_places(batch, self.student_taps)
-        features = encode_tapped(self.student, batch.pixels, self.student_taps, places)
+        features = self._features(batch)
         rounds = self.corrections.rounds + 1
         raw: dict[str, Tensor] = {}
         for number in range(rounds):
@@ -120,6 +119,12 @@ class TrainStep(nn.Module):
         weights = self._weights()
         weighted = {name: value * weights[name] for name, value in raw.items()}
         return torch.stack(list(weighted.values())).sum(), Terms(raw, weighted, seen)
+
+    def _features(self, batch: Batch) -> ImageFeatures:
+        """What the image encoder makes of a batch, or made of it before the run."""
+        if batch.embedding is not None:
+            return ImageFeatures(batch.embedding, {})
+        return encode_tapped(self.student, batch.pixels, self.student_taps, attention_places(batch, self.student_taps))
 
     @property
     def _asks_teachers(self) -> bool:
