@@ -28,6 +28,38 @@ def test_values_worked_out_by_hand() -> None:
     assert float(loss) == pytest.approx(4 * kl)
 
 
+def test_the_dice_distance_by_hand() -> None:
+    distance = (0.75 - 0.5) ** 2 / (0.75**2 + 0.5**2 + 1 / 256**2)
+    loss = dense_mask_logits_loss(_cell(0.0), _cell(math.log(3)), w_kl=0.0, w_focal=0.0, w_dice=2.0)
+    assert float(loss) == pytest.approx(2 * distance)
+
+
+def test_the_dice_distance_does_not_fade_with_the_area() -> None:
+    def missed(side: int, **weights: float) -> float:
+        teacher = torch.full((1, 1, 32, 32), -20.0, dtype=torch.float64)
+        student = teacher.clone()
+        teacher[..., :side, :side], student[..., :side, side : 2 * side] = 20.0, 20.0
+        return float(dense_mask_logits_loss(student, teacher, **weights))
+
+    alone = {"w_kl": 0.0, "w_focal": 0.0, "w_dice": 1.0}
+    assert missed(2, **alone) == pytest.approx(missed(8, **alone), rel=5e-3)
+    assert missed(8, **alone) == pytest.approx(1, rel=1e-3)
+    assert missed(8) > 10 * missed(2)
+
+
+@given(student=logit, teacher=logit)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_the_dice_distance_lies_between_zero_and_one_and_is_zero_at_the_teacher(student: float, teacher: float) -> None:
+    alone = {"w_kl": 0.0, "w_focal": 0.0, "w_dice": 1.0}
+    value = _cell(student).requires_grad_()
+    loss = dense_mask_logits_loss(value, _cell(teacher), **alone)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert 0 <= loss.item() <= 1
+    assert float(dense_mask_logits_loss(_cell(teacher), _cell(teacher), **alone)) == 0
+    assert value.grad is not None
+    assert torch.isfinite(value.grad).all()
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4)])
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize(

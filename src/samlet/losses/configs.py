@@ -139,6 +139,8 @@ class DenseMaskLogitsConfig(StrictModel):
     """Weight of the Bernoulli Kullback-Leibler divergence (beta)."""
     w_focal: Weight = 0.4
     """Weight of the soft focal loss (1 - beta)."""
+    w_dice: Weight = 0.0
+    """Weight of the soft Dice distance, which does not fade with the object's area: for small objects."""
     gamma: Gamma = 2.0
     """Soft focal loss: exponent of the disagreement |p_t - p_s|; at least 1."""
     temperature: Temperature = 1.0
@@ -152,6 +154,7 @@ class DenseMaskLogitsConfig(StrictModel):
             dense_mask_logits_loss,
             w_kl=self.w_kl,
             w_focal=self.w_focal,
+            w_dice=self.w_dice,
             gamma=self.gamma,
             temperature=self.temperature,
         )
