@@ -13,12 +13,13 @@ import torch
 from benchmarks.machine import Bench, Ceilings
 from benchmarks.models import build
 
-from benchmarks import decoder, encoder, plain, step
+from benchmarks import decoder, encoder, objectives, plain, step
 
 QUICK = ["--device", "cpu", "--tiny", "--repeats", "1"]
 RUNS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "decoder": (decoder.main, ["--prompts", "3"]),
     "encoder": (encoder.main, ["--image-size", "64"]),
+    "objectives": (objectives.main, ["--image-size", "64", "--prompts", "2"]),
     "step": (step.main, ["--image-sizes", "64", "--objects", "2", "--teacher", "vit_b"]),
 }
 
