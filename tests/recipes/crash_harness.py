@@ -263,7 +263,7 @@ def main() -> None:
     assert not any(finish(peaceful)), "the uninterrupted run failed"
     longest = (time.monotonic() - began) * 0.4
     results = {
-        bug: storm(blocks, scenes, out, Weather(bug, world, longest, 5 if bug == "deaf" else 60), kills) for bug in bugs
+        bug: storm(blocks, scenes, out, Weather(bug, world, longest, 5 if bug == "deaf" else 180), kills) for bug in bugs
     }
     sys.stdout.write(json.dumps(results) + "\n")
 

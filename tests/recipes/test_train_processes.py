@@ -112,7 +112,7 @@ def test_a_process_that_loses_the_other_ends_and_the_run_goes_on_to_the_same_bit
             time.sleep(0.01)
         processes[victim].kill()
         survivor = processes[1 - victim]
-        said = survivor.communicate(timeout=60)[0]
+        said = survivor.communicate(timeout=180)[0]
         processes[victim].communicate()
         assert survivor.returncode not in (0, -signal.SIGKILL), said[-1500:]
     run_in_two(scenes, out, **settings)
