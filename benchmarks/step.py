@@ -31,7 +31,7 @@ from samlet.data.synthetic import write_dataset
 from samlet.distill.configs import DistillationConfig
 from samlet.distill.objectives import build_objectives
 from samlet.distill.teacher import LiveTeacher, TeacherTeam
-from samlet.engine.parts import build_optimizer, set_trainable
+from samlet.engine.parts import build_optimizer, named_parameters, set_trainable
 from samlet.engine.step import Counts, TrainStep, count_images
 from samlet.losses.configs import TaskLossConfig
 from samlet.models import Sam
@@ -51,7 +51,8 @@ class Training:
         student = build("vit_t", image_size, options.tiny)
         self.step = TrainStep(student, TaskLossConfig(), build_objectives(DistillationConfig(enable=True)))
         set_trainable(student, (), "frozen")
-        self.optimizer = build_optimizer(student, learning_rate=1e-5, weight_decay=0.01, betas=(0.9, 0.999))
+        parameters = named_parameters(student)
+        self.optimizer = build_optimizer(parameters, learning_rate=1e-5, weight_decay=0.01, betas=(0.9, 0.999))
         self.step.to(bench.device)
         teacher = build(options.teacher, image_size, options.tiny).to(bench.device)
         self.team = TeacherTeam([LiveTeacher("teacher", teacher, (), self.step.decoder_taps)], [1.0])

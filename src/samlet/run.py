@@ -29,7 +29,7 @@ from samlet.engine.resume import resume
 from samlet.engine.run_dir import RunDir
 from samlet.engine.step import TrainStep
 from samlet.engine.validation import ForgettingGuard
-from samlet.errors import ConfigError
+from samlet.errors import CheckpointError, ConfigError
 from samlet.models import Sam
 from samlet.types import Batch
 
@@ -132,6 +132,11 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     )
     held: dict[str, Any] = {"student": student, "average": average, "projections": projections}
     state = resume(config.resume, accelerator, folder, optimizer=optimizer, **held)
+    if state.stage >= len(stages):
+        raise CheckpointError(
+            f"{config.resume}: stopped in stage {state.stage + 1} of another run, and this configuration has "
+            f"{len(stages)}; to start from its weights set model.checkpoint to it"
+        )
     if config.training.compile:
         student.image_encoder.compile()
     run = Run(

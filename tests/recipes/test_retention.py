@@ -18,6 +18,7 @@ from samlet.engine.run_dir import RunDir
 from samlet.engine.validation import ForgettingGuard
 from samlet.recipes import train as recipe
 from samlet.recipes.train import train
+from samlet.run import set_up
 from tests.tiny import tiny_config, write_scenes
 
 
@@ -134,6 +135,6 @@ def test_a_named_checkpoint_of_another_run_measures_its_own_reference(scenes: Pa
     begun = checkpoints_in(tmp_path / "first/checkpoints")[0]
     assert json.loads((begun / "trainer.json").read_text())["state"]["retention_reference"] is not None
     config = tiny_config(scenes, tmp_path / "second", **guarded(scenes), resume=str(begun))
-    run = recipe.set_up(config, build_accelerator(config.training), RunDir(tmp_path / "second"))
+    run = set_up(config, build_accelerator(config.training), RunDir(tmp_path / "second"))
     assert run.state.step == 3
     assert run.state.retention_reference is None

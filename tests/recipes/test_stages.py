@@ -220,3 +220,11 @@ def test_a_checkpoint_of_another_make_is_refused_by_name(scenes: Path, tmp_path:
     averaged = tiny_config(scenes, tmp_path / "other", resume=str(place), training={"ema_decay": 0.9})
     with pytest.raises(SamletError, match=r"step-00000003: has no ema\.safetensors: its run had another configuration"):
         train(averaged)
+
+
+def test_a_named_checkpoint_of_more_stages_is_refused(scenes: Path, tmp_path: Path, teacher: Path) -> None:
+    assert train(tiny_config(scenes, tmp_path / "run", **in_stages(teacher, BOTH, MASKS))) == 0
+    place = checkpoint.checkpoints_in(tmp_path / "run/checkpoints")[0]
+    other = in_stages(teacher, {**BOTH, "training": {"epochs": 9}}, resume=str(place))
+    with pytest.raises(SamletError, match=r"stopped in stage 2 of another run, and this configuration has 1"):
+        train(tiny_config(scenes, tmp_path / "other", **other))
