@@ -5,18 +5,14 @@ A mistake reads `file:line: path: what is wrong (did you mean ...?)`. Nothing in
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
 import json
 import os
 import re
-import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType, UnionType, new_class
+from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
@@ -28,7 +24,6 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from samlet.errors import ConfigError
 
 Loc = tuple[str | int, ...]
-Lines = set[tuple[CodeType, int]]
 Model = TypeVar("Model", bound="StrictModel")
 
 MAX_NODES = 100_000  # a file that aliases itself into more is an attack, not a configuration
@@ -189,63 +184,53 @@ def all_mistakes(config: StrictModel, loc: Loc = (), judged: Set[Loc] = frozense
         for index, member in members:
             if isinstance(member, StrictModel):
                 yield from all_mistakes(member, (*loc, name) if index is None else (*loc, name, index), judged)
-    touched = Lines()
-    found = iter(_watched(config, loc, judged, touched).mistakes())
-    for below, message in found:
-        if not touched or not touched & _lines_behind(found):
+    either, other = (list(_supposing(answer, config, loc, judged).mistakes()) for answer in (True, False))
+    for below, message in either:
+        if (below, message) in other:
             yield (*loc, *below), message
 
 
-def _watched(block: Any, loc: Loc, judged: Set[Loc], touched: Lines) -> Any:
-    """The same block; where a field at a judged place is read, the lines that do so enter `touched`."""
+class _Anything:
+    """In place of a wrong value: every question about it gets the same answer, whatever is made of it is itself."""
+
+    def __init__(self, answer: bool) -> None:
+        self.answer = answer
+
+    def _same(self, *_: object) -> Any:
+        return self
+
+    def _answer(self, *_: object) -> bool:
+        return self.answer
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self])
+
+    def __len__(self) -> int:
+        return 1
+
+    def __format__(self, _: str) -> str:
+        return "?"
+
+    __hash__ = object.__hash__
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _answer
+    __getattr__ = __getitem__ = __call__ = __neg__ = __abs__ = _same
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _same
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _same
+
+
+def _supposing(answer: bool, block: Any, loc: Loc, judged: Set[Loc]) -> Any:
+    """The same block with anything at a judged place: what is a mistake by either answer does not depend on it."""
     if isinstance(block, list | tuple):
-        return type(block)(_watched(member, (*loc, index), judged, touched) for index, member in enumerate(block))
+        return type(block)(_supposing(answer, member, (*loc, index), judged) for index, member in enumerate(block))
     if not isinstance(block, StrictModel) or not any(place[: len(loc)] == loc for place in judged):
         return block
-    kind = type(block)
-    stand_ins = {name for name in kind.model_fields if (*loc, name) in judged}
-
-    def read(self: StrictModel, name: str) -> Any:
-        if name in stand_ins:
-            frame: FrameType | None = sys._getframe(1)
-            while frame is not None:
-                touched.add((frame.f_code, frame.f_lineno))
-                frame = frame.f_back
-        return kind.__getattribute__(self, name)
-
     copy = block.model_copy()
-    for name in kind.model_fields:
-        copy.__dict__[name] = _watched(getattr(block, name), (*loc, name), judged, touched)
-    body = {"__getattribute__": read, "__module__": kind.__module__}
-    object.__setattr__(copy, "__class__", new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body)))
+    for name in type(block).model_fields:
+        place = (*loc, name)
+        copy.__dict__[name] = (
+            _Anything(answer) if place in judged else _supposing(answer, getattr(block, name), place, judged)
+        )
     return copy
-
-
-def _lines_behind(found: Any) -> Lines:
-    """The lines on which it depends that a generator of mistakes stands where it does: conditions and their names."""
-    while getattr(found, "gi_yieldfrom", None) is not None:
-        found = found.gi_yieldfrom
-    if not inspect.isgenerator(found):
-        return set()
-    code, stopped = found.gi_code, found.gi_frame.f_lineno if found.gi_frame else 0
-    try:
-        source, first = inspect.getsourcelines(code)
-    except OSError:  # it is not installed: then everything is said
-        return set()
-    function: Any = ast.increment_lineno(ast.parse(textwrap.dedent("".join(source))), first - 1).body[0]
-    lines, body = set[int](), [function]
-    while around := [part for part in body if part.lineno <= stopped <= part.end_lineno]:
-        body = [*getattr(around[0], "body", []), *getattr(around[0], "orelse", [])]
-        deeper = any(part.lineno <= stopped <= part.end_lineno for part in body)
-        end = max(around[0].lineno, min(part.lineno for part in body) - 1) if deeper else around[0].end_lineno
-        lines |= set(range(around[0].lineno, end + 1))
-    words = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-    for part in reversed([node for node in ast.walk(function) if isinstance(node, ast.Assign | ast.AnnAssign)]):
-        own = range(part.lineno, (part.end_lineno or part.lineno) + 1)
-        names = {word.id for word in words if word.lineno in lines}
-        if names & {word.id for word in words if word.lineno in own and isinstance(word.ctx, ast.Store)}:
-            lines |= set(own)
-    return {(code, line) for line in lines}
 
 
 class _Source:
