@@ -121,7 +121,7 @@ class Weather(NamedTuple):
     bug: str
     world: int
     longest: float  # seconds to the latest kill
-    bound: float  # seconds after which a rank that has lost another counts as hanging
+    bound: float  # seconds after the end of one rank at which the others count as hanging
 
 
 def draw_in_every_step() -> None:
@@ -168,19 +168,21 @@ def ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def finish(children: list[int], bound: float = float("inf")) -> list[int | str]:
-    """Wait for children; their exit codes, negative where a signal ended one; a word for those beyond the bound."""
-    limit = time.monotonic() + bound
-    codes: list[int | str] = []
-    for child in children:
-        while time.monotonic() < limit and not ended(child):
-            time.sleep(0.005)
-        hangs = not ended(child)
-        if hangs:
-            os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        codes.append("hangs" if hangs else code)
-    return codes
+def finish(children: list[int], bound: float = 180) -> list[int | str]:
+    """Wait for children; their exit codes, negative where a signal ended one; a word for those that hang.
+
+    So does a child that is there `bound` seconds after another has ended.
+    """
+    limit = float("inf")
+    while not all(map(ended, children)) and time.monotonic() < limit:
+        if limit == float("inf") and any(map(ended, children)):
+            limit = time.monotonic() + bound
+        time.sleep(0.005)
+    hanging = [child for child in children if not ended(child)]
+    for child in hanging:
+        os.kill(child, signal.SIGKILL)
+    codes = {child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    return ["hangs" if child in hanging else codes[child] for child in children]
 
 
 def await_a_save(children: list[int], folder: Path) -> None:
@@ -214,7 +216,7 @@ def under_fire(config: RunConfig, weather: Weather, kills: int, moments: random.
         children = start(config, weather.bug, weather.world)
         if hits < kills:
             fire(children, folder, hits, weather.longest, moments)
-        codes = finish(children, weather.bound if hits < kills else float("inf"))
+        codes = finish(children, weather.bound)
         if "hangs" in codes or -signal.SIGKILL not in codes:
             return hits, [f"exit codes {codes}"] if any(codes) else []
         hits += 1
@@ -262,9 +264,8 @@ def main() -> None:
     peaceful = start(tiny_config(scenes, out / "peaceful", **blocks), world=world)
     assert not any(finish(peaceful)), "the uninterrupted run failed"
     longest = (time.monotonic() - began) * 0.4
-    results = {
-        bug: storm(blocks, scenes, out, Weather(bug, world, longest, 5 if bug == "deaf" else 180), kills) for bug in bugs
-    }
+    weathers = [Weather(bug, world, longest, bound=5 if bug == "deaf" else 180) for bug in bugs]
+    results = {weather.bug: storm(blocks, scenes, out, weather, kills) for weather in weathers}
     sys.stdout.write(json.dumps(results) + "\n")
 
 
