@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): PyTorch and what tests and checks need, about 1.6 GB; a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -16,6 +17,7 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python scripts/quickstart.py
+	@echo "The commands are in $(BIN): source $(BIN)/activate"
 
 test: lint types rooms check-imports unit
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from hypothesis import strategies as st
 from samlet.losses import dense_mask_logits_loss
 
 logit = st.floats(-200, 200, allow_nan=False)
+
+
+dice_alone = partial(dense_mask_logits_loss, w_kl=0.0, w_focal=0.0, w_dice=1.0)
 
 
 def _cell(value: float) -> torch.Tensor:
@@ -35,27 +40,25 @@ def test_the_dice_distance_by_hand() -> None:
 
 
 def test_the_dice_distance_does_not_fade_with_the_area() -> None:
-    def missed(side: int, **weights: float) -> float:
+    def missed(side: int, loss: Callable[..., torch.Tensor]) -> float:
         teacher = torch.full((1, 1, 32, 32), -20.0, dtype=torch.float64)
         student = teacher.clone()
         teacher[..., :side, :side], student[..., :side, side : 2 * side] = 20.0, 20.0
-        return float(dense_mask_logits_loss(student, teacher, **weights))
+        return float(loss(student, teacher))
 
-    alone = {"w_kl": 0.0, "w_focal": 0.0, "w_dice": 1.0}
-    assert missed(2, **alone) == pytest.approx(missed(8, **alone), rel=5e-3)
-    assert missed(8, **alone) == pytest.approx(1, rel=1e-3)
-    assert missed(8) > 10 * missed(2)
+    assert missed(2, dice_alone) == pytest.approx(missed(8, dice_alone), rel=5e-3)
+    assert missed(8, dice_alone) == pytest.approx(1, rel=1e-3)
+    assert missed(8, dense_mask_logits_loss) > 10 * missed(2, dense_mask_logits_loss)
 
 
 @given(student=logit, teacher=logit)
 @settings(deadline=None, derandomize=True, max_examples=100)
 def test_the_dice_distance_lies_between_zero_and_one_and_is_zero_at_the_teacher(student: float, teacher: float) -> None:
-    alone = {"w_kl": 0.0, "w_focal": 0.0, "w_dice": 1.0}
     value = _cell(student).requires_grad_()
-    loss = dense_mask_logits_loss(value, _cell(teacher), **alone)
+    loss = dice_alone(value, _cell(teacher))
     loss.backward()  # type: ignore[no-untyped-call]
     assert 0 <= loss.item() <= 1
-    assert float(dense_mask_logits_loss(_cell(teacher), _cell(teacher), **alone)) == 0
+    assert float(dice_alone(_cell(teacher), _cell(teacher))) == 0
     assert value.grad is not None
     assert torch.isfinite(value.grad).all()
 

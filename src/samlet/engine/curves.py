@@ -163,6 +163,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
         return
     for label, line in panel.lines.items():
         window = max(len(line.values) // 20, 1)
+        if len(line.values) == 1:  # a line of one point is invisible
+            axes.plot(line.steps, line.values, "o", color=INK, ms=3)
         if label == "weighted":
             axes.plot(line.steps, smoothed(line.values, window), color=GREY, lw=1.0, ls=(0, (4, 2)), label=label)
         elif panel.kind == "plain":

@@ -130,6 +130,12 @@ def _locate(path: Path) -> tuple[Path, bool]:
         if (path / hf.WEIGHTS).is_file():
             return path / hf.WEIGHTS, True
         raise CheckpointError(f"{path}: has {hf.CONFIG} but no {hf.WEIGHTS}; save the model as one safetensors file")
+    unfinished = sorted((path / "checkpoints").glob(f"*/{STUDENT}"))
+    if unfinished:
+        raise CheckpointError(
+            f"{path}: this run has not been validated yet, so it has no best student; let it go on, or name "
+            f"{unfinished[-1].parent}"
+        )
     raise CheckpointError(
         f"{path}: holds no model: neither {STUDENT} (a run of samlet) nor {hf.CONFIG} with {hf.WEIGHTS} (Hugging Face)"
     )
