@@ -230,3 +230,12 @@ def test_metadata_that_is_no_architecture_is_refused(tmp_path: Path) -> None:
             load_sam(tmp_path / "odd.safetensors")
     assert json.loads(json.dumps(small_sam().arch)) == small_sam().arch
     assert load_file(tmp_path / "odd.safetensors").keys() == state.keys()
+
+
+def test_an_unfinished_run_names_the_checkpoint_that_there_is(tmp_path: Path) -> None:
+    for step in ("step-00000001", "step-00000002"):
+        (tmp_path / "run/checkpoints" / step).mkdir(parents=True)
+        save_sam_safetensors(small_sam("vit_t", 96), tmp_path / "run/checkpoints" / step / "student.safetensors")
+    with pytest.raises(CheckpointError, match="has not been validated yet.*step-00000002$"):
+        load_sam(tmp_path / "run")
+    load_sam(tmp_path / "run/checkpoints/step-00000002")

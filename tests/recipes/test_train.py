@@ -185,7 +185,9 @@ def test_early_stopping_ends_the_run(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(scenes: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_saves_and_the_run_goes_on(
+    scenes: Path, tmp_path: Path, number: int, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     training = {"epochs": 3}
     calm = tiny_config(scenes, tmp_path / "calm", training=training)
     assert train(calm) == 0
@@ -200,6 +202,9 @@ def test_a_signal_saves_and_the_run_goes_on(scenes: Path, tmp_path: Path, number
     stopped = tiny_config(scenes, tmp_path / "stopped", training=training)
     with patch.object(recipe, "optimizer_step", step_and_signal):
         assert train(stopped) == code
+    said = capfd.readouterr().err
+    assert "stopping after this step" in said
+    assert ("Ctrl-C again" in said) is (number == signal.SIGINT)
     assert read_manifest(tmp_path / "stopped/checkpoints/step-00000004")["step"] == 4
     assert train(stopped) == 0
     assert sha256_of(tmp_path / "calm/student.safetensors") == sha256_of(tmp_path / "stopped/student.safetensors")
