@@ -236,6 +236,6 @@ def test_an_unfinished_run_names_the_checkpoint_that_there_is(tmp_path: Path) ->
     for step in ("step-00000001", "step-00000002"):
         (tmp_path / "run/checkpoints" / step).mkdir(parents=True)
         save_sam_safetensors(small_sam("vit_t", 96), tmp_path / "run/checkpoints" / step / "student.safetensors")
-    with pytest.raises(CheckpointError, match="has not been validated yet.*step-00000002$"):
+    with pytest.raises(CheckpointError, match=r"has not been validated yet.*step-00000002$"):
         load_sam(tmp_path / "run")
     load_sam(tmp_path / "run/checkpoints/step-00000002")
