@@ -226,13 +226,12 @@ def timing(step: TrainStep, team: TeacherTeam | None, optimizer: torch.optim.Opt
 
     with ExitStack() as stack:
         hooks: list[RemovableHandle] = [
-            step.register_forward_pre_hook(mark("forward")),
-            step.register_forward_hook(mark("backward")),
             optimizer.register_step_pre_hook(mark("optimizer")),
             optimizer.register_step_post_hook(mark("end")),
         ]
         for hook in hooks:
             stack.callback(hook.remove)
+        stack.enter_context(_marked_forward(step, before=mark("forward"), after=mark("backward")))
         for teacher in team.teachers if team is not None else ():
             stack.enter_context(_timed_teacher(teacher, watch))
         yield times
@@ -243,6 +242,27 @@ def timing(step: TrainStep, team: TeacherTeam | None, optimizer: torch.optim.Opt
     if "end" in marks:  # a step that was left out has none
         times.backward = marks["optimizer"] - marks["backward"]
         times.optimizer = marks["end"] - marks["optimizer"]
+
+
+@contextmanager
+def _marked_forward(step: TrainStep, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    own = vars(step).get("forward")  # accelerate puts one there for mixed precision
+    forward = step.forward
+
+    def call(*given: Any, **named: Any) -> Any:
+        before()
+        answer = forward(*given, **named)
+        after()
+        return answer
+
+    step.forward = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del step.forward
+        else:
+            step.forward = own  # type: ignore[method-assign]
 
 
 @contextmanager
