@@ -47,8 +47,6 @@ class Bench:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         if threads:
             torch.set_num_threads(threads)
-        if device == "cpu":
-            keep_freed_memory()  # as training does
         if clock == "cpu" and (device != "cpu" or torch.get_num_threads() != 1):
             raise SystemExit("--clock cpu counts one thread of a CPU: add --device cpu --threads 1")
 
@@ -119,6 +117,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as torch finds it")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time of one thread")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each; the median counts")
+    parser.add_argument(
+        "--memory",
+        choices=["kept", "returned"],
+        default="kept",
+        help="what the C library does with freed memory on a CPU; kept: as in training, returned: as it comes",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the image encoders")
     parser.add_argument("--tiny", action="store_true", help="tiny models: does it run, not how fast")
     parser.add_argument("--json", type=Path, help="write the figures here, and the table beside it as Markdown")
@@ -138,6 +142,8 @@ def start(options: argparse.Namespace) -> Bench:
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
+    if device == "cpu" and options.memory == "kept":
+        keep_freed_memory()
     return Bench(device, precision, options.threads, options.clock, options.repeats)
 
 
