@@ -119,7 +119,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
         image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
     )
     val_set = config.dataset.build_val(seed=config.seed)
-    accelerator.print(f"{config.dataset.root}: {len(train_set)} images to train on, {len(val_set)} to validate on")
+    pictures = len({record.image_id for record in train_set.records})  # a labelled one may stand there several times
+    accelerator.print(f"{config.dataset.root}: {pictures} images to train on, {len(val_set)} to validate on")
     student = config.model.build()
     place(student, accelerator.device, config.training)
     average = None if config.training.ema_decay is None else AverageStudent(student, config.training.ema_decay)
