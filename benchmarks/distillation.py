@@ -11,7 +11,6 @@ teacher says of the other images. The last checkpoint counts. Stopped at any mom
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import NamedTuple
 import torch
 
 from samlet.config import RunConfig
-from samlet.engine.evaluation import evaluate_sam, headline
+from samlet.engine.curves import read_lines
 from samlet.errors import SamletError
-from samlet.models import load_sam
 from samlet.recipes.train import train
 from samlet.schema import load_config
 
@@ -51,7 +49,7 @@ class Scores(NamedTuple):
 
 
 def scores_of(config: RunConfig) -> Scores:
-    """Train a configuration to its end (nothing is left to do where it has ended) and measure its student.
+    """Train a configuration to its end (nothing is left to do where it has ended); its last validation counts.
 
     Raises:
         SystemExit: the run was stopped by a signal.
@@ -59,11 +57,8 @@ def scores_of(config: RunConfig) -> Scores:
     code = train(config)
     if code:
         sys.exit(code)
-    kept = config.output_dir / "scores.json"
-    if not kept.exists():
-        found = headline(evaluate_sam(load_sam(config.output_dir), config.dataset.build_val(seed=config.seed)))
-        kept.write_text(json.dumps({"point": 100 * found["point_miou"], "box": 100 * found["box_miou"]}))
-    return Scores(**json.loads(kept.read_text()))
+    scores = read_lines(config.output_dir / "metrics.jsonl")["val"]
+    return Scores(*(100 * scores[f"{prompt}_miou"].values[-1] for prompt in Scores._fields))
 
 
 def teacher_scores(root: Path, folder: Path, seed: int = 0) -> Scores:

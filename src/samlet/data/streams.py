@@ -26,6 +26,11 @@ def generator(stream: Stream, seed: int, epoch: int = 0, index: int = 0, item: i
     return np.random.default_rng(np.random.SeedSequence([int(stream), seed, epoch, index, item]))
 
 
+def name_index(name: str) -> int:
+    """A 64-bit number of an image's name: the `index` of a draw that must not depend on the image's neighbours."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
 def hash_order(names: list[str], seed: int) -> list[int]:
     """Positions of `names` in an order that depends on the seed and on each name alone, not on its neighbours."""
     keys = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names]

@@ -7,13 +7,12 @@ and without one what the teachers say.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from samlet.data.streams import Stream, generator
+from samlet.data.streams import Stream, generator, name_index
 from samlet.distill.answers import answer_of, valid_per_prompt
 from samlet.types import NEGATIVE, PADDING, POSITIVE, Batch, MaskOutput, Prompts
 
@@ -80,7 +79,7 @@ def draws(batch: Batch, number: int) -> Float[Tensor, "P"]:
     drawn = torch.zeros(len(index), dtype=torch.float64)
     for image, name in enumerate(batch.image_ids):
         own = torch.nonzero(index == image).flatten()
-        word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        word = name_index(name)
         drawn[own] = torch.from_numpy(
             generator(Stream.CORRECTION, batch.draw, index=word, item=number).random(len(own))
         )

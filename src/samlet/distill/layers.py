@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from samlet.data.streams import Stream, generator
+from samlet.data.streams import Stream, generator, name_index
 from samlet.distill.views import NECK, View
 from samlet.errors import ConfigError
 from samlet.frames import valid_cells
@@ -111,7 +110,7 @@ def sampled_places(batch: Batch, count: int) -> Float[Tensor, "B count 2"]:
     """
     drawn = []
     for name in batch.image_ids:
-        word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        word = name_index(name)
         drawn.append(torch.from_numpy(generator(Stream.PLACES, batch.draw, index=word).random((count, 2))))
     inside = torch.stack(drawn) * (1 - 1e-4)  # rounded to float32, no place falls off the image's edge
     shares = batch.input_sizes.double() / batch.pixels.shape[-1]

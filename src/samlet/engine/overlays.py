@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from samlet.artefacts import write_file
 from samlet.types import POSITIVE
@@ -118,18 +118,19 @@ def _paint(picture: Image.Image, mask: Bool[np.ndarray, "H W"], colour: Colour) 
     """Fill and outline one mask; its edge is smoothed where the canvas is finer than the mask."""
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
     shape = soft.point([255 * (value > 127) for value in range(256)])
-    picture.paste(Image.new("RGB", picture.size, colour), mask=shape.point([int(value * FILL) for value in range(256)]))
-    padded = Image.new("L", (picture.width + 4, picture.height + 4))
-    padded.paste(shape, (2, 2))
-    inner, outer = padded.filter(ImageFilter.MinFilter(5)), padded.filter(ImageFilter.MaxFilter(3))
-    rim = _crop(np.asarray(outer) > np.asarray(padded))
-    line = _crop(np.asarray(padded) > np.asarray(inner))
-    picture.paste(WHITE, mask=rim.point([int(value * 0.75) for value in range(256)]))
-    picture.paste(colour, mask=line)
-
-
-def _crop(mask: Bool[np.ndarray, "H W"]) -> Image.Image:
-    return Image.fromarray(mask[2:-2, 2:-2].astype(np.uint8) * 255)
+    found = shape.getbbox()
+    if found is None:
+        return
+    left, top, right, bottom = found[0] - 2, found[1] - 2, found[2] + 2, found[3] + 2
+    near = shape.crop((left, top, right, bottom))  # black beyond the canvas
+    corner = (max(left, 0), max(top, 0))
+    inside = (corner[0] - left, corner[1] - top, min(right, picture.width) - left, min(bottom, picture.height) - top)
+    inner, outer = near.filter(ImageFilter.MinFilter(5)), near.filter(ImageFilter.MaxFilter(3))
+    rim = ImageChops.subtract(outer, near)
+    line = ImageChops.subtract(near, inner)
+    for stencil, tint, opacity in ((near, colour, FILL), (rim, WHITE, 0.75), (line, colour, 1.0)):
+        faded = stencil.point([int(value * opacity) for value in range(256)]).crop(inside)
+        picture.paste(Image.new("RGB", faded.size, tint), corner, mask=faded)
 
 
 def _with_prompts(canvas: Image.Image, image: np.ndarray, prompts: DrawnPrompts) -> Image.Image:
