@@ -28,7 +28,7 @@ NUM_HEADS = 8
 NUM_MASKS = 4  # the single mask, then three for ambiguous prompts
 PROMPTED, ATTENTION = "prompted.", "attention."  # how taps of image streams and attention maps are called
 UPSCALED, HYPERNETWORKS = "upscaled", "hypernetworks"
-CHUNK = 2  # prompts at a time on a CPU: their image streams then fit its cache
+CHUNK_TOKENS = 8192  # of image streams that a CPU decodes at a time: they then fit its cache
 
 
 class MLP(nn.Module):
@@ -126,9 +126,10 @@ class MaskDecoder(nn.Module):
             )
 
         chunked = embedding.device.type == "cpu" and not torch.is_grad_enabled()
-        if not chunked or torch.compiler.is_compiling() or len(prompts.image_index) <= CHUNK:
+        count = max(CHUNK_TOKENS // (grid[0] * grid[1]), 1)
+        if not chunked or torch.compiler.is_compiling() or len(prompts.image_index) <= count:
             return decode(prompts)
-        return _join([decode(part) for part in prompts.chunks(CHUNK)])
+        return _join([decode(part) for part in prompts.chunks(count)])
 
     def tap_names(self) -> tuple[str, ...]:
         """What `forward` can return besides its answers."""
