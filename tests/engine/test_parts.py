@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from samlet.engine.parts import build_optimizer, calibrate_batch_norm, named_parameters, set_trainable
 from samlet.models import Sam, build_sam
-from tests.tiny import IMAGE_SIZE, STUDENT
+from tests.tiny import IMAGE_SIZE, STUDENT, TEACHER
 
 NECK = "image_encoder.neck.0.weight"
 
@@ -87,8 +89,29 @@ def test_every_parameter_is_in_the_optimizer_once(student: Sam) -> None:
     assert sorted(held) == sorted(id(parameter) for parameter in student.parameters())
 
 
-def test_norms_biases_and_tables_do_not_decay(student: Sam) -> None:
-    decayed = {id(parameter) for parameter in optimizer_of(student).param_groups[0]["params"]}
-    names = {name for name, parameter in student.named_parameters() if id(parameter) in decayed}
-    assert "image_encoder.neck.0.weight" in names
-    assert not {name for name in names if name.endswith("bias") or "embed" in name or "attention_biases" in name}
+PROMPTS_AND_TOKENS = {
+    *(f"prompt_encoder.point_embeddings.{kind}.weight" for kind in range(4)),
+    "prompt_encoder.not_a_point_embed.weight",
+    "prompt_encoder.no_mask_embed.weight",
+    "mask_decoder.iou_token.weight",
+    "mask_decoder.mask_tokens.weight",
+}
+TABLES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "vit_t": (STUDENT, {f"image_encoder.layers.{stage}.blocks.0.attn.attention_biases" for stage in (1, 2, 3)}),
+    "vit_b": (
+        TEACHER,
+        {f"image_encoder.blocks.{block}.attn.rel_pos_{side}" for block in (0, 1) for side in "hw"}
+        | {"image_encoder.pos_embed"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_norms_biases_and_tables_alone_do_not_decay(kind: str) -> None:
+    sizes, tables = TABLES[kind]
+    sam = build_sam(kind, IMAGE_SIZE, **sizes)
+    exempt = {id(parameter) for parameter in optimizer_of(sam).param_groups[1]["params"]}
+    found = {name for name, parameter in sam.named_parameters() if id(parameter) in exempt}
+    vectors = {name for name, parameter in sam.named_parameters() if parameter.ndim < 2}  # of norms, and biases
+    assert vectors <= found
+    assert found - vectors == tables | PROMPTS_AND_TOKENS

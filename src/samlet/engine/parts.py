@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 NEVER_USED = ("image_encoder.norm_head.", "image_encoder.head.")  # TinyViT's classifier, kept for its keys
-WITHOUT_DECAY = ("attention_biases", "pos_embed", "rel_pos", "embed", "token")
+WITHOUT_DECAY = (
+    *("attention_biases", "pos_embed", "rel_pos"),  # position tables of the image encoders
+    *("point_embeddings", "not_a_point_embed", "no_mask_embed"),  # what the prompt encoder looks up
+    *("iou_token", "mask_tokens"),  # what the mask decoder asks with
+)
+"""Tables of learned vectors; a module that maps one thing to another decays, whatever its name says of tokens."""
 
 
 def set_trainable(student: nn.Module, frozen: Iterable[str], batch_norm: str) -> None:
