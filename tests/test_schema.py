@@ -70,12 +70,36 @@ def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
     )
     lines = complaints(path)
     assert lines == [
+        f"{path}:1: precision: must be 'fp32' or 'bf16', got 'bf61' (did you mean 'bf16'?)",
+        f"{path}:2: lambda_coef: unknown key (did you mean 'distillation.lambda_coef'?)",
         f"{path}:5: distillation.encoder_patch.enable: must be a valid boolean, got 'yes'",
         f"{path}:5: distillation.encoder_patch.w_coss: unknown key (did you mean 'w_cos'?)",
         f"{path}:7: teachers.0.checkpoint: no such file or folder: 'nowhere.pth', looked for from {Path.cwd()}",
-        f"{path}:1: precision: must be 'fp32' or 'bf16', got 'bf61' (did you mean 'bf16'?)",
-        f"{path}:2: lambda_coef: unknown key (did you mean 'distillation.lambda_coef'?)",
     ]
+
+
+def test_mistakes_come_in_the_order_of_the_lines_then_of_the_overrides(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "seed: 1\n"
+        "teachers:\n"
+        "  - {nam: H, weight: much}\n"
+        "  - name: I\n"
+        "    checkpoint: nowhere.pth\n"
+        "learning_rate: fast\n"
+        "distillation: {lambda_coef: -1, enable: 1}\n"
+        "precision: bf61\n",
+    )
+    lines = complaints(path, "sizes=[1]", "out=1", "precision=int8")
+    places = [line.split(": ")[0].removeprefix(f"{path}:") for line in lines]
+    files = [int(place) for place in places if place.isdigit()]
+    assert len(files) == 8
+    assert files == sorted(files)
+    assert [line.split(": ")[1] for line in lines if ":7: " in line] == [
+        "distillation.lambda_coef",
+        "distillation.enable",
+    ]
+    assert places[8:] == ["override 'sizes=[1]'", "override 'out=1'", "override 'precision=int8'"]
 
 
 def test_a_cross_check_is_not_hidden_by_other_mistakes(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def load_config(
     """Read a YAML or JSON file (or none), lay `a.b=c` overrides over it, and check the whole.
 
     Raises:
-        ConfigError: with one line for each mistake of file and overrides together.
+        ConfigError: with one line for each mistake, those of the file in its own order, then those of the overrides.
     """
     source = _Source(path)
     for override in overrides:
@@ -100,7 +100,8 @@ def load_config(
         if not any(loc[:length] in judged for length in range(len(loc) + 1)):
             found[(loc, message)] = None
     if found or config is None:
-        raise ConfigError("\n".join(source.describe(loc, message) for loc, message in found))
+        ordered = sorted(found, key=lambda mistake: source.place(mistake[0]))
+        raise ConfigError("\n".join(source.describe(loc, message) for loc, message in ordered))
     return config
 
 
@@ -266,19 +267,28 @@ class _Source:
         return f"{self._origin(loc)}: {'.'.join(map(str, loc)) or 'the whole'}: {message}"
 
     def _origin(self, loc: Loc) -> str:
-        for length in range(len(loc), 0, -1):
-            if loc[:length] in self.origins:
-                return self.origins[loc[:length]]
-        if self.path is None:
-            return "command line"
-        place, line = self.tree, 1
+        if override := self._override(loc):
+            return override
+        return "command line" if self.path is None else f"{self.path}:{self._mark(loc)[0] + 1}"
+
+    def place(self, loc: Loc) -> tuple[int, int, int]:
+        """Where a value stands, for sorting: in the file by line and column, or after it among the overrides."""
+        override = self._override(loc)
+        return (1, [*self.origins.values()].index(override), 0) if override else (0, *self._mark(loc))
+
+    def _override(self, loc: Loc) -> str | None:
+        return next((self.origins[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in self.origins), None)
+
+    def _mark(self, loc: Loc) -> tuple[int, int]:
+        """Line and column of the value in the file, from 0; of what it would lie in, where it is missing."""
+        tree, mark = self.tree, (0, 0)
         for part in loc:
             try:
-                line = place.lc.data[part][0] + 1
-                place = place[part]
+                line, column = tree.lc.data[part][:2]
+                tree, mark = tree[part], (line, column)
             except (AttributeError, KeyError, IndexError, TypeError):
                 break
-        return f"{self.path}:{line}"
+        return mark
 
 
 def _parse_file(path: Path) -> Any:
