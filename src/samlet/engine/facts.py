@@ -24,14 +24,17 @@ WITHOUT_EFFECT = ("$schema", "output_dir", "resume", "training.num_workers", "tr
 
 
 def facts_of_start(plain: Mapping[str, Any], world: int, images: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """Versions, place, seeds and digests."""
+    """Versions, place, seeds, digests, and what decides whether equal starts end in equal bits."""
     return {
+        "outcome": "not finished",  # until somebody knows better; a killed run has the last word here
         "samlet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "processes": world,
+        "threads": torch.get_num_threads(),
+        "determinism": determinism(),
         "git": _git_state(),
         "seed": plain["seed"],
         "config_sha256": digest(_with_effect(plain)),
@@ -39,9 +42,20 @@ def facts_of_start(plain: Mapping[str, Any], world: int, images: Sequence[tuple[
     }
 
 
+def determinism() -> dict[str, Any]:
+    """The switches of torch that choose between faster arithmetic and the same bits again."""
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
 def facts_of_end(weights: Path, **facts: Any) -> dict[str, Any]:
     """The outcome, and the digest of the final weights: equal for two runs of one configuration on one machine."""
-    return {**facts, "final_weights_sha256": sha256_of(weights)}
+    return {"outcome": "finished", **facts, "final_weights_sha256": sha256_of(weights)}
 
 
 def refuse_other_config(plain: Mapping[str, Any], former: Mapping[str, Any] | None, folder: RunDir) -> None:

@@ -14,8 +14,9 @@ import io
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,30 +48,67 @@ class RunDir:
         self.best = path / "best"
         self.checkpoints = path / "checkpoints"
         self.embeddings = path / "embeddings"
+        self._lock = path / ".lock"
+        self._holder = path / ".lock-holder"  # beside the lock, whose content is the locking library's
+        self._began = False  # this start has written run.json
         self._events: SummaryWriter | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other trainer out of this folder; tidy up what a killed one left.
 
+        A start that comes to nothing leaves nothing behind that was not there before it.
+
         Raises:
             SamletError: another one is in; or the folder cannot be made or written.
         """
+        new = self._absent()
+        lock = FileLock(self._lock, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
+            self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         except Timeout as error:
-            raise SamletError(f"{self.path}: another samlet train is writing here; wait for it or stop it") from error
+            raise SamletError(
+                f"{self.path}: another samlet train is writing here{self._held_by()}; wait for it or stop it"
+            ) from error
         except OSError as error:
             reason = error.strerror or error
+            _take_back(new)
+            lock.release()
             raise SamletError(f"{self.path}: cannot be used as output_dir ({reason}); choose another") from error
         try:
             for folder in (self.path, self.checkpoints, self.overlays):
                 remove_leftovers(folder)
             yield
+        except BaseException as error:
+            self._holder.unlink(missing_ok=True)
+            self._came_to(error, new)
+            raise
         finally:
+            self._holder.unlink(missing_ok=True)
             lock.release()
+
+    def _held_by(self) -> str:
+        try:
+            return f" ({self._holder.read_text(encoding='utf-8')})"
+        except OSError:
+            return ""
+
+    def _absent(self) -> list[Path]:
+        """What a start makes before its first step, as far as it is not there yet; the innermost first."""
+        places = (self._lock, self.config, self.facts, self.path, *self.path.parents)
+        return [place for place in places if not place.exists()]
+
+    def _came_to(self, error: BaseException, new: list[Path]) -> None:
+        """After a start that failed: nothing of its own where it took no step, or else why, in run.json."""
+        if self.metrics.exists() or checkpoints_in(self.checkpoints):
+            new = [self._lock] if self._lock in new else []
+        _take_back(new)
+        if self._began and self.facts.exists():
+            reason = " ".join(str(error).split()) or type(error).__name__
+            with suppress(SamletError):  # a disk that is full, which is what failed
+                self.update_facts(outcome=f"failed: {reason[:300]}")
 
     def begins_anew(self) -> None:
         """Forget the rows of a start that never reached a checkpoint."""
@@ -173,8 +211,16 @@ class RunDir:
 
     def update_facts(self, **facts: Any) -> None:
         """Merge facts into run.json."""
+        self._began = True
         known = json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.exists() else {}
         write_json(self.facts, {**known, **facts})
+
+
+def _take_back(places: list[Path]) -> None:
+    """Remove files, and folders that are empty."""
+    for place in places:
+        with suppress(OSError):
+            place.rmdir() if place.is_dir() else place.unlink()
 
 
 def upstream_name(kind: str) -> str:
