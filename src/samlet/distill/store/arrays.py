@@ -141,9 +141,9 @@ def data_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def bytes_per_image(identity: Identity, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that all variants of one image take as .npy files, by the shapes of its features."""
+    """Bytes that one variant of one image takes as .npy files, by the shapes of its features."""
     arrays = [part for name, shape in shapes.items() for part in _parts(name, shape, identity)]
-    return identity.variants * sum(len(npy_header(*part)) + data_bytes(*part) for part in arrays)
+    return sum(len(npy_header(*part)) + data_bytes(*part) for part in arrays)
 
 
 def _parts(name: str, shape: tuple[int, ...], identity: Identity) -> list[tuple[str, tuple[int, ...]]]:

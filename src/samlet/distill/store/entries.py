@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -81,9 +82,34 @@ def array_key(image_id: str, variant: int, name: str, identity: Identity) -> str
     return folder + inside(f"{image_id}_{name}")
 
 
+@contextmanager
+def remedy(root: Path) -> Iterator[None]:
+    """Say what to do about damage of a store.
+
+    Raises:
+        DataError: one was raised inside.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            f"{error}; `samlet store verify {root}` lists all damage, and --repair drops what is damaged, so that "
+            "extracting again computes it"
+        ) from error
+
+
+def splits_of(root: Path) -> list[str]:
+    """The splits that a store has."""
+    folders = (place for place in root.rglob("shards") if place.is_dir())
+    return sorted(place.parent.relative_to(root).as_posix() for place in folders if _shard_numbers(place))
+
+
 def shard_numbers(root: Path, split: str) -> list[int]:
     """The shards of a split that were begun."""
-    folder = ShardFiles(root, split, 0).manifest.parent
+    return _shard_numbers(ShardFiles(root, split, 0).manifest.parent)
+
+
+def _shard_numbers(folder: Path) -> list[int]:
     names = folder.iterdir() if folder.is_dir() else ()
     return sorted({int(match[1]) for place in names if (match := _SHARD_FILE.fullmatch(place.name))})
 

@@ -105,7 +105,10 @@ def read_store(root: Path) -> Store:
     place = root / MANIFEST
     if not place.exists():
         raise SamletError(f"{root}: holds no teacher features ({MANIFEST} is missing); `samlet extract` makes a store")
-    content = read_sealed(place)
+    try:
+        content = read_sealed(place)
+    except DataError as error:
+        raise DataError(f"{error}; put it back from a copy, or remove {root} and extract again") from error
     if content.get("format", 0) != FORMAT:
         raise DataError(f"{place}: has format {content.get('format')}, this samlet reads {FORMAT}; upgrade samlet")
     try:
@@ -170,7 +173,7 @@ def plain(identity: Identity) -> dict[str, Any]:
 
 
 def _begin(root: Path, identity: Identity, write_decoder: Callable[[Path], object]) -> None:
-    if any(root.glob("*/shards")):
+    if any(place.is_dir() for place in root.rglob("shards")):
         raise DataError(
             f"{root / MANIFEST}: missing, though there are features; put it back from a copy, or remove {root}"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samlet.distill.store.arrays import AFFINE, read_npy
-from samlet.distill.store.entries import Entry, Key, ShardFiles, array_key, read_shard, shard_numbers
+from samlet.distill.store.entries import Entry, Key, ShardFiles, array_key, read_shard, remedy, shard_numbers
 from samlet.distill.store.identity import read_store, shard_of
 from samlet.distill.store.packs import Pack
 from samlet.errors import DataError
@@ -36,10 +36,8 @@ class StoreReader:
         self._packed = set[Key]()
         self._packs: dict[int, Pack] = {}
         for number in shard_numbers(root, split):
-            try:
+            with remedy(root):
                 contents = read_shard(ShardFiles(root, split, number), store.digest)
-            except DataError as error:
-                raise self._with_remedy(error) from error
             entries |= contents.entries
             self._packed |= contents.packed
         self.entries: Mapping[Key, Entry] = entries
@@ -62,10 +60,8 @@ class StoreReader:
             has = ", ".join(name for name in entry.arrays if not name.endswith(AFFINE))
             raise DataError(f"{self.root}: has no {missing[0]} of {image_id}, only {has}; extract with it")
         wanted = [part for name in names for part in (name, name + AFFINE) if part in entry.arrays]
-        try:
+        with remedy(self.root):
             return {name: self._array(entry, name) for name in wanted}
-        except DataError as error:
-            raise self._with_remedy(error) from error
 
     def _array(self, entry: Entry, name: str) -> Tensor:
         key = array_key(entry.image_id, entry.variant, name, self.identity)
@@ -77,9 +73,3 @@ class StoreReader:
         if number not in self._packs:
             self._packs[number] = Pack(ShardFiles(self.root, self.split, number).pack)
         return self._packs[number]
-
-    def _with_remedy(self, error: DataError) -> DataError:
-        return DataError(
-            f"{error}; `samlet store verify {self.root}` lists all that is damaged, and --repair drops it so that "
-            "extracting again computes it"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from samlet.distill.store.entries import (
     array_key,
     journal_line,
     read_shard,
+    remedy,
     write_manifest,
 )
 from samlet.distill.store.identity import Identity, read_store, shard_of
@@ -46,11 +48,12 @@ class Shard:
         self.number, self.identity = number, identity
         self._files = ShardFiles(root, split, number)
         self._store = read_store(root).digest
-        contents = read_shard(self._files, self._store)
+        self._root = root
+        with remedy(root):
+            contents = read_shard(self._files, self._store)
         self.entries: dict[Key, Entry] = contents.entries
         """Committed so far."""
-        self.finished = contents.finished
-        """Nothing was added since the manifest was written."""
+        self._finished = contents.finished
         self._packed, self._pack = contents.packed, contents.pack
         self._writing = False
         self._interrupted = self._files.journal.exists()
@@ -88,29 +91,49 @@ class Shard:
             self._write(places[name], array)
         self._commit(entry)
 
+    def drop(self, keys: set[Key]) -> None:
+        """Forget entries, and finish the shard without them in the form that it has.
+
+        Raises:
+            SamletError: the manifest could not be written.
+        """
+        self._begin()
+        for key in keys:
+            entry = self.entries.pop(key)
+            self._packed.discard(key)
+            for name in entry.arrays:
+                with suppress(DataError):  # a name that leads elsewhere was never written
+                    self._place(entry, name).unlink(missing_ok=True)
+        self.finish(pack=self._pack is not None)
+
+    def is_finished(self, *, pack: bool) -> bool:
+        """Whether the manifest holds every entry, in this form."""
+        return self._finished and (self._pack is not None) == (pack and bool(self.entries))
+
     def finish(self, *, pack: bool) -> None:
         """Write the manifest, as one pack or as .npy files, and remove what it makes superfluous.
 
         Raises:
             SamletError: it could not be written, or an array of an earlier writer is damaged.
         """
-        pack = pack and bool(self.entries)
-        if self.finished and pack == (self._pack is not None):
+        if self.is_finished(pack=pack):
             return
+        pack = pack and bool(self.entries)
         self._begin()
+        with remedy(self._root):
+            arrays = self._arrays(set(self.entries) if pack else self._packed)
         if pack:
-            mode = self._files.journal.stat().st_mode
-            self._pack = write_pack(self._files.pack, self._arrays(set(self.entries)), mode)
+            self._pack = write_pack(self._files.pack, arrays, self._files.journal.stat().st_mode)
         else:
             self._pack = None
-            for key, values in self._arrays(self._packed).items():
+            for key, values in arrays.items():
                 self._write(self._npy(key), values.numpy())
         write_manifest(self._files, self._store, self.entries, self._pack)
         self._tidy()
         self._packed = set(self.entries) if pack else set()
         self._files.journal.unlink(missing_ok=True)
         flush(self._files.journal.parent)
-        self.finished, self._writing, self._interrupted = True, False, False
+        self._finished, self._writing, self._interrupted = True, False, False
 
     def _place(self, entry: Entry, name: str) -> Path:
         return self._npy(array_key(entry.image_id, entry.variant, name, self.identity))
@@ -147,7 +170,7 @@ class Shard:
             flush(self._files.journal.parent)
         except OSError as error:
             raise self._cannot_write(error) from error
-        self._writing, self.finished = True, False
+        self._writing, self._finished = True, False
 
     def _commit(self, entry: Entry) -> None:
         try:
