@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 from samlet.cli import app
 from samlet.config import RunConfig
 from samlet.engine.diagnosis import StepTimes
+from samlet.engine.diagnosis_page import show
 from samlet.engine.parts import set_trainable
+from samlet.engine.step import TrainStep
 from samlet.errors import SamletError
 from samlet.losses import dice
 from samlet.models import Sam
@@ -183,13 +186,63 @@ def test_stages_are_seen_one_by_one(scenes: Path, tmp_path: Path, teacher: Path)
     assert report["run"]["steps"] == 9
 
 
-def test_the_time_of_a_step_knows_workers_and_accumulation() -> None:
+def test_a_step_is_all_of_its_micro_batches(
+    scenes: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"batch_size": 1, "accumulation": 3}
+    config = distilling(scenes, tmp_path / "run", teacher, training=training)
+    real, seconds = TrainStep.forward, 0.05
+
+    def slow(*given: Any) -> Any:
+        time.sleep(seconds)
+        return real(*given)
+
+    with patch.object(TrainStep, "forward", slow):
+        report = examine(config, tmp_path / "doctor")
+    (stage,) = report["stages"]
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert stage["grad_norms"] == pytest.approx([row["grad_norm"] for row in rows[:2]], rel=1e-5)
+    taken = stage["milliseconds"]
+    assert taken["student"] > 3 * 1000 * seconds
+    assert all(taken[part] > 0 for part in ("data", "teacher", "backward", "optimizer"))
+    assert stage["seconds"] == pytest.approx(4 * sum(taken.values()) / 1000)
+    show(report)
+    shown = capsys.readouterr().out
+    assert "one step of 3 micro-batches" in shown
+    assert "mean of 2 micro-batches" in shown
+
+
+def test_the_whole_run_is_steps_validations_and_checkpoints(scenes: Path, tmp_path: Path) -> None:
+    def saved(run: Any) -> None:
+        time.sleep(0.2)
+        real(run)
+
+    real = loop.save
+    stages = [{"name": "one", "training": {"max_steps": 5}}, {"name": "two", "training": {"max_steps": 4}}]
+    blocks = {"validation": {"every_steps": 4}, "checkpoint": {"every_steps": 3}, "stages": stages}
+    config = tiny_config(scenes, tmp_path / "run", **blocks)
+    with patch.object(loop, "save", saved):
+        report = examine(config, tmp_path / "doctor")
+    predicted = report["predicted_seconds"]
+    assert [stage["validations"] for stage in report["stages"]] == [2, 1]  # after 4, 5; 9
+    assert [stage["checkpoints"] for stage in report["stages"]] == [3, 2]  # after 3, 4, 5; 6, 9
+    assert predicted["checkpoint_count"] == 5
+    assert predicted["checkpoints"] > 5 * 0.2
+    parts = ("steps", "validations", "checkpoints")
+    assert predicted["whole"] == pytest.approx(sum(predicted[part] for part in parts))
+    written: list[int] = []
+    with patch.object(loop, "save", lambda run: written.append(run.state.step)):
+        assert train(config) == 0
+    assert written == [3, 4, 5, 6, 9]
+
+
+def test_the_time_of_a_step_knows_workers() -> None:
     times = StepTimes(data=4.0, teacher=1.0, student=0.5, backward=0.5, optimizer=0.25)
-    assert seconds_of_step(times, 1, 0) == 6.25
-    assert seconds_of_step(times, 3, 0) == 18.25
+    assert seconds_of_step(times, 0) == 6.25
     with patch("os.cpu_count", lambda: 8):
-        assert seconds_of_step(times, 1, 1) == 4.25
-        assert seconds_of_step(times, 2, 4) == 4.25
+        assert seconds_of_step(times, 1) == 4.25
+        assert seconds_of_step(times, 4) == 2.25
 
 
 def test_the_command_prints_json_and_nothing_else(scenes: Path, tmp_path: Path, teacher: Path) -> None:

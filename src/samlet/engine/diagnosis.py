@@ -193,7 +193,7 @@ def _leaves(view: View) -> tuple[View, list[Tensor]]:
 
 @dataclass
 class StepTimes:
-    """Seconds of the parts of one optimizer step over one micro-batch."""
+    """Seconds of the parts of one optimizer step over all its micro-batches."""
 
     data: float = 0.0
     teacher: float = 0.0
@@ -214,7 +214,10 @@ class StepTimes:
 
 @contextmanager
 def timing(step: TrainStep, team: TeacherTeam | None, optimizer: torch.optim.Optimizer) -> Iterator[StepTimes]:
-    """Time the parts of the one optimizer step that is taken inside."""
+    """Time the parts of the one optimizer step that is taken inside.
+
+    From its first forward pass to the optimizer, what is neither forward nor the teachers' encoding is backward.
+    """
     watch = Stopwatch(next(step.parameters()).device)
     times, marks = StepTimes(), dict[str, float]()
 
@@ -224,6 +227,10 @@ def timing(step: TrainStep, team: TeacherTeam | None, optimizer: torch.optim.Opt
 
         return note
 
+    def first() -> None:
+        if "first" not in marks:
+            marks["first"], marks["encoded"] = watch.now(), watch.seconds.get("encode", 0.0)
+
     with ExitStack() as stack:
         hooks: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(mark("optimizer")),
@@ -231,29 +238,27 @@ def timing(step: TrainStep, team: TeacherTeam | None, optimizer: torch.optim.Opt
         ]
         for hook in hooks:
             stack.callback(hook.remove)
-        stack.enter_context(_marked_forward(step, before=mark("forward"), after=mark("backward")))
+        stack.enter_context(_timed_forward(step, watch, before=first))
         for teacher in team.teachers if team is not None else ():
             stack.enter_context(_timed_teacher(teacher, watch))
         yield times
-    answered = watch.seconds.get("decode", 0.0)
-    times.teacher = watch.seconds.get("encode", 0.0) + answered
-    if "backward" in marks:
-        times.student = marks["backward"] - marks["forward"] - answered
+    encoded, answered, forward = (watch.seconds.get(name, 0.0) for name in ("encode", "decode", "forward"))
+    times.teacher = encoded + answered
+    times.student = max(forward - answered, 0.0)
     if "end" in marks:  # a step that was left out has none
-        times.backward = marks["optimizer"] - marks["backward"]
+        times.backward = marks["optimizer"] - marks["first"] - forward - (encoded - marks["encoded"])
         times.optimizer = marks["end"] - marks["optimizer"]
 
 
 @contextmanager
-def _marked_forward(step: TrainStep, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+def _timed_forward(step: TrainStep, watch: Stopwatch, before: Callable[[], None]) -> Iterator[None]:
     own = vars(step).get("forward")  # accelerate puts one there for mixed precision
     forward = step.forward
 
     def call(*given: Any, **named: Any) -> Any:
         before()
-        answer = forward(*given, **named)
-        after()
-        return answer
+        with watch.running("forward"):
+            return forward(*given, **named)
 
     step.forward = call  # type: ignore[method-assign]
     try:

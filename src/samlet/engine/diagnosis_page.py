@@ -30,8 +30,12 @@ def show(report: dict[str, Any]) -> None:
         _say(console, line)
     for stage in report["stages"]:
         title = f"stage {stage['stage']}: " if stage["stage"] else ""
-        _table(console, f"{title}terms, mean of {len(stage['batches'])} batches", *_terms(stage))
-        _table(console, f"{title}one micro-batch", *_times(stage))
+        parts = report["run"]["accumulation"]
+        batches, step = (
+            ("batches", "one step") if parts == 1 else ("micro-batches", f"one step of {parts} micro-batches")
+        )
+        _table(console, f"{title}terms, mean of {len(stage['batches'])} {batches}", *_terms(stage))
+        _table(console, f"{title}{step}", *_times(stage))
         for line in _facts(stage):
             _say(console, line)
     for line in _tail(report):
@@ -98,7 +102,8 @@ def _tail(report: dict[str, Any]) -> list[str]:
         f"peak memory: {readable(memory['peak_rss_bytes'])} of main memory"
         + ("" if cuda is None else f", {readable(cuda)} of the GPU's"),
         f"the whole run: about {_duration(predicted['whole'])} ({_duration(predicted['steps'])} for the steps, "
-        f"{_duration(predicted['validations'])} for {predicted['validation_count']} validations)",
+        f"{_duration(predicted['validations'])} for {predicted['validation_count']} validations, "
+        f"{_duration(predicted['checkpoints'])} for {predicted['checkpoint_count']} checkpoints)",
     ]
 
 

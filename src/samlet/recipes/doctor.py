@@ -1,4 +1,4 @@
-"""Look at a run before it is paid for: two training batches of each stage, taken by the run's own code.
+"""Look at a run before it is paid for: two optimizer steps of each stage, taken by the run's own code.
 
 Says what every term is worth, where its gradient goes and what it costs, where a step's time goes, what moved that
 should not, how much memory it took, and how long the whole run will be. Leaves nothing behind.
@@ -34,7 +34,7 @@ from samlet.errors import SamletError
 from samlet.recipes import train
 from samlet.run import Run, set_up
 
-BATCHES = 2
+STEPS = 2
 IMAGES = 2  # that a validation is timed on
 
 
@@ -43,9 +43,10 @@ class StageReport:
     """What one stage showed, and how long it will be."""
 
     diagnosis: Diagnosis
-    times: StepTimes  # of the last of the batches, when nothing is done for the first time any more
+    times: StepTimes  # of the last of the steps, when nothing is done for the first time any more
     seconds: float  # of all its steps
     validations: int
+    checkpoints: int
 
 
 def doctor(config: RunConfig, *, as_json: bool = False) -> int:
@@ -75,45 +76,56 @@ def examine(config: RunConfig, place: Path) -> dict[str, Any]:
         run = set_up(changed, accelerator, RunDir(place))
         reports = []
         for number, stage in enumerate(run.stages[run.state.stage :], start=run.state.stage):
-            say(f"{f'stage {stage.name}: ' if stage.name else ''}two training batches")
+            say(f"{f'stage {stage.name}: ' if stage.name else ''}two steps")
             if number > run.state.stage:
                 run.state.stage, run.state.stage_began = number, run.state.step
             reports.append(examine_stage(run, config.training.num_workers))
         say("validation")
         per_validation = seconds_of_validation(run)
-    return as_plain(run, config, reports, per_validation)
+        say("a checkpoint")
+        per_checkpoint = seconds_of_checkpoint(run)
+    return as_plain(run, config, reports, per_validation, per_checkpoint)
 
 
 def examine_stage(run: Run, num_workers: int) -> StageReport:
-    """Two optimizer steps of the present stage, each over one micro-batch."""
+    """Two optimizer steps of the present stage; of each, the first micro-batch is read term by term."""
     set_weight_decay(run.optimizer, run.config.training.weight_decay)
     train.enter_training_mode(run)
     train.wrap(run)
-    frozen = run.pace.frozen_at(run.steps_in_stage, run.config.training)
+    training = run.config.training
+    frozen = run.pace.frozen_at(run.steps_in_stage, training)
     still = Still(run.step, run.stage.team, frozen, run.config.model.batch_norm)
     batches = train.load_batches(run)
     readings: list[Reading] = []
     norms: list[float] = []
     refused: list[str] = []
     times = StepTimes()
-    for _ in range(BATCHES):
+    for _ in range(STEPS):
         watch = Stopwatch(run.accelerator.device)
         with watch.running("data"):
-            batch = next(batches)
-        readings.append(read(run, batch))
+            window = [next(batches) for _ in range(training.accumulation)]
+        readings.append(read(run, window[0]))
         try:
             with timing(run.step, run.stage.team, run.optimizer.optimizer) as times:
-                row = train.optimizer_step(run, [batch])
+                row = train.optimizer_step(run, window)
             norms += [float(row["grad_norm"])] if row else []
         except SamletError as error:
             refused.append(str(error))
         times.data = watch.seconds["data"]
         run.state.step += 1
-    training, validation = run.config.training, run.config.validation
     diagnosis = Diagnosis(run.stage.name, readings, norms, training.max_grad_norm, still.moved(), still.count, refused)
-    after = (run.pace.validates_after(step, training, validation) for step in range(1, run.stage.steps + 1))
-    seconds = run.stage.steps * seconds_of_step(times, training.accumulation, num_workers)
-    return StageReport(diagnosis, times, seconds, sum(after))
+    seconds = run.stage.steps * seconds_of_step(times, num_workers)
+    return StageReport(diagnosis, times, seconds, *interruptions(run))
+
+
+def interruptions(run: Run) -> tuple[int, int]:
+    """How often the present stage is measured, and how often it is saved, where it does not stop early."""
+    training, validation, every = run.config.training, run.config.validation, run.config.checkpoint.every_steps
+    before = sum(stage.steps for stage in run.stages[: run.state.stage])
+    steps = range(1, run.stage.steps + 1)
+    measured = {step for step in steps if run.pace.validates_after(step, training, validation)}
+    saved = measured | {step for step in steps if every is not None and (before + step) % every == 0}
+    return len(measured), len(saved)
 
 
 def read(run: Run, batch: Any) -> Reading:
@@ -125,13 +137,13 @@ def read(run: Run, batch: Any) -> Reading:
         return read_terms(run.step, batch, lambda given: train.teach(run, run.stage, given), counts)
 
 
-def seconds_of_step(times: StepTimes, accumulation: int, num_workers: int) -> float:
+def seconds_of_step(times: StepTimes, num_workers: int) -> float:
     """Of one optimizer step, where workers prepare the data beside it."""
     if num_workers == 0:
         waiting = times.data
     else:
         waiting = max(times.data / min(num_workers, os.cpu_count() or 1) - times.computing, 0.0)
-    return accumulation * (times.computing + waiting) + times.optimizer
+    return times.computing + waiting + times.optimizer
 
 
 def seconds_of_validation(run: Run) -> float:
@@ -149,11 +161,26 @@ def seconds_of_validation(run: Run) -> float:
     return found / int(run.accelerator.num_processes)
 
 
-def as_plain(run: Run, config: RunConfig, reports: list[StageReport], per_validation: float) -> dict[str, Any]:
+def seconds_of_checkpoint(run: Run) -> float:
+    """Of writing student, optimizer and all that is beside them into the temporary folder."""
+    watch = Stopwatch(run.accelerator.device)
+    with watch.running("checkpoint"):
+        train.save(run)
+    return watch.seconds["checkpoint"]
+
+
+def as_plain(
+    run: Run, config: RunConfig, reports: list[StageReport], per_validation: float, per_checkpoint: float
+) -> dict[str, Any]:
     """The report as JSON values."""
     found: list[Finding] = [finding for report in reports for finding in findings(report.diagnosis)]
     validations = sum(report.validations for report in reports) + (run.guard is not None)
-    steps = sum(report.seconds for report in reports)
+    checkpoints = sum(report.checkpoints for report in reports)
+    parts = {
+        "steps": sum(report.seconds for report in reports),
+        "validations": validations * per_validation,
+        "checkpoints": checkpoints * per_checkpoint,
+    }
     cuda = run.accelerator.device.type == "cuda"
     return {
         "run": {
@@ -174,10 +201,10 @@ def as_plain(run: Run, config: RunConfig, reports: list[StageReport], per_valida
             "peak_cuda_bytes": peak_memory(run.accelerator.device) if cuda else None,
         },
         "predicted_seconds": {
-            "steps": steps,
-            "validations": validations * per_validation,
+            **parts,
             "validation_count": validations,
-            "whole": steps + validations * per_validation,
+            "checkpoint_count": checkpoints,
+            "whole": sum(parts.values()),
         },
         "findings": [finding._asdict() for finding in found],
         "healthy": not any(finding.level == "error" for finding in found),
@@ -211,6 +238,7 @@ def _stage(report: StageReport) -> dict[str, Any]:
         "frozen": seen.frozen,
         "seconds": report.seconds,
         "validations": report.validations,
+        "checkpoints": report.checkpoints,
     }
 
 
