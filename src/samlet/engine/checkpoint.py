@@ -125,8 +125,12 @@ def load_checkpoint(
         CheckpointError: incomplete, damaged, of a newer samlet, or of another model; the file is named.
     """
     manifest = read_manifest(place)
-    if manifest.get("format", 0) > FORMAT:
-        raise CheckpointError(f"{place}: written by samlet {manifest.get('samlet')}; upgrade samlet to read it")
+    version = manifest.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise CheckpointError(
+            f"{place}: is of format {version}, written by samlet {manifest.get('samlet')}, and this one reads up to "
+            f"{FORMAT}; upgrade samlet to read it"
+        )
     beside = {LORA: bool(adapted_layers(student)), AVERAGE: average is not None, PROJECTIONS: bool(projections)}
     for name, wanted in beside.items():
         if wanted and name not in manifest["files"]:
@@ -143,6 +147,8 @@ def load_checkpoint(
         random_states = load_file(place / "random.safetensors")
         trainer = json.loads((place / "trainer.json").read_text(encoding="utf-8"))
         state = TrainerState(**trainer["state"])
+        if version < 2:
+            state.stage_best = state.best  # the whole run was one stage
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{place}: does not fit this run's model: {reason[:300]}") from error
