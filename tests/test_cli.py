@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from samlet.cli import app
 from samlet.run import plain_config
 from tests.tiny import tiny_config, write_scenes
 
@@ -39,6 +43,25 @@ def test_help_and_configuration_import_no_torch(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(get_command(app).commands))  # type: ignore[attr-defined]
+def test_the_help_of_a_command_ends_with_an_example_that_parses(name: str) -> None:
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    word, program, called, *arguments = shlex.split(command.epilog or "")
+    assert (word, program, called) == ("Example:", "samlet", name)
+    command.make_context(name, arguments)
+    shown = CliRunner().invoke(app, [name, "--help"]).output
+    assert f"Example: samlet {name}" in " ".join(shown.split())
+
+
+def test_the_help_says_how_several_points_are_written() -> None:
+    for name, words in (
+        ("predict", ["X,Y[,0]", "Once for each click"]),
+        ("interpolate", ["A B ...", "with spaces between"]),
+    ):
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        assert all(word in shown for word in words), shown
 
 
 def test_a_bad_configuration_lists_every_mistake_and_exits_2(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def _samlet(
     """Distil a Segment-Anything teacher into a MobileSAM that is good on your own images."""
 
 
-@app.command("check-data")
+@app.command("check-data", epilog="Example: samlet check-data my_images/ --sheet sheet.png")
 def check_data(
     path: Annotated[Path, typer.Argument(help="A data set: a folder with splits, or one split.")],
     format: Format = "auto",
@@ -77,7 +77,7 @@ def check_data(
     )
 
 
-@app.command()
+@app.command(epilog="Example: samlet train my.yaml training.max_steps=100")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, laid over the file.")] = None,
@@ -92,13 +92,13 @@ def train(
     raise typer.Exit(train(checked))
 
 
-@app.command()
+@app.command(epilog="Example: samlet doctor my.yaml dataset.root=my_images/ --json")
 def doctor(
     config: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, laid over the file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
-    """Look at a run on two batches: terms, gradients, times, memory, how long it will be; exit 2 on what is off."""
+    """Look at a run on two steps: terms, gradients, times, memory, how long it will be; exit 2 on what is off."""
     from samlet.config import RunConfig
     from samlet.schema import load_config
 
@@ -108,7 +108,7 @@ def doctor(
     raise typer.Exit(doctor(checked, as_json=json))
 
 
-@app.command()
+@app.command(epilog="Example: samlet evaluate before=weights/mobile_sam.pt runs/my my_images/ --split val")
 def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Weights, runs or folders; name=path names one.")],
     data: Annotated[Path, typer.Argument(help="The data set.")],
@@ -159,14 +159,21 @@ def _is_number(word: str) -> bool:
     return True
 
 
-@app.command(cls=_Lists)
+@app.command(
+    cls=_Lists,
+    epilog="Example: samlet interpolate weights/mobile_sam.pt runs/my --data my.yaml --out runs/mixed --points 0 0.5 1",
+)
 def interpolate(
     base: Annotated[Path, typer.Argument(help="The model before fine-tuning: weights, run or folder.")],
     tuned: Annotated[Path, typer.Argument(help="The model that was trained from it.")],
     data: Annotated[Path, typer.Option(help="The data set, or a run's configuration: its validation images.")],
     out: Annotated[Path, typer.Option(help="Folder for the chosen student, curve.png and interpolation.json.")],
     points: Annotated[
-        list[float] | None, typer.Option(help="The tuned model's shares to measure; 0 0.25 0.5 0.75 1 by default.")
+        list[float] | None,
+        typer.Option(
+            metavar="A B ...",
+            help="Shares of the tuned model to measure, from 0 to 1 with spaces between; by default 0 0.25 0.5 0.75 1.",
+        ),
     ] = None,
     retention: Annotated[
         Path | None, typer.Option(help="A data set or configuration of what should not be forgotten.")
@@ -204,12 +211,20 @@ def interpolate(
     )
 
 
-@app.command()
+@app.command(epilog="Example: samlet predict runs/my photo.jpg --point 320,240 --point 20,30,0 --out mask.png")
 def predict(
     checkpoint: Annotated[str, typer.Argument(help="Weights, run or folder.")],
     image: Annotated[Path, typer.Argument(help="An image.")],
-    point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; x,y,0 for a negative click.")] = None,
-    box: Annotated[str | None, typer.Option(help="x0,y0,x1,y1 in image pixels.")] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X,Y[,0]",
+            help="A click in image pixels; ,0 where it does not belong to the object. Once for each click.",
+        ),
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Top left and bottom right corner in image pixels.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The mask, 0 and 255, at the image's size.")] = Path("mask.png"),
     overlay: Annotated[Path | None, typer.Option(help="The image with prompt and mask drawn in.")] = None,
     image_size: ImageSize = None,
@@ -223,7 +238,7 @@ def predict(
     )
 
 
-@app.command()
+@app.command(epilog="Example: samlet schema --out schema.json")
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; by default the terminal.")] = None,
 ) -> None:
