@@ -77,6 +77,26 @@ def test_one_split_and_one_file_can_be_checked(tmp_path: Path) -> None:
         _run(root / "absent")
 
 
+def test_what_is_no_data_set_is_told_in_one_sentence(tmp_path: Path) -> None:
+    for name in ("empty", "data/train", "data/val"):
+        (tmp_path / name).mkdir(parents=True)
+    save(picture(), tmp_path / "photo.png")
+    (tmp_path / "sam.pth").write_bytes(b"x")
+    for name, reason in (
+        ("absent", "no such file or folder"),
+        ("empty", "there is no image in it"),
+        ("data", "there is no image in it"),
+        ("photo.png", "is a single image"),
+        ("sam.pth", "is neither a folder nor annotations in JSON"),
+    ):
+        text, sheet = io.StringIO(), tmp_path / "sheet.png"
+        with pytest.raises(DataError) as caught:
+            check_data(tmp_path / name, sheet=sheet, console=Console(file=text))
+        remedy = "name the folder that holds train/ and val/, or images/ and masks/"
+        assert str(caught.value) == f"{tmp_path / name}: {reason}; {remedy}"
+        assert (text.getvalue(), sheet.exists()) == ("", False)
+
+
 def _only_val(root: Path) -> None:
     write_split(root / "val", images=3)
 

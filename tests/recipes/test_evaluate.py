@@ -118,6 +118,24 @@ def test_checkpoints_that_cannot_be_told_apart_or_found(tmp_path: Path) -> None:
         name_checkpoints([])
 
 
+def test_a_model_in_the_place_of_the_data_is_named(tmp_path: Path, scenes: Path) -> None:
+    for name in ("a.pt", "b.safetensors", "run/best/student.safetensors", "hf/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    a, b, run, hf = (tmp_path / name for name in ("a.pt", "b.safetensors", "run", "hf"))
+    cases: tuple[tuple[list[Path | str], list[Path | str]], ...] = (
+        ([scenes, a], [a, scenes]),
+        ([scenes, b, run], [b, run, scenes]),
+        ([f"mine={a}", hf], [a, hf, "my_images/"]),
+    )
+    for given, meant in cases:
+        *checkpoints, data = given
+        with pytest.raises(DataError) as caught:
+            evaluate([str(one) for one in checkpoints], Path(data), device="cpu")
+        said = f"{data}: is a model, and the data set comes last; write samlet evaluate {' '.join(map(str, meant))}"
+        assert str(caught.value) == said
+
+
 def test_out_must_not_be_a_file(tmp_path: Path, scenes: Path, weights: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(SamletError, match="is a file"):

@@ -14,9 +14,12 @@ from rich.table import Table
 from samlet.artefacts import write_file, write_json
 from samlet.data.contact_sheet import contact_sheet
 from samlet.data.formats import FormatName
+from samlet.data.images import is_image_name
 from samlet.data.inspection import NO_MASKS, Report, SplitReport, Unlabelled, inspect
 from samlet.data.records import Problem
+from samlet.errors import DataError
 
+_MEANT = "name the folder that holds train/ and val/, or images/ and masks/"
 _SHOWN = 10  # paths listed below one and the same remark; the JSON file holds them all
 
 
@@ -45,7 +48,10 @@ def check_data(
         DataError: there is nothing to check at `path`.
     """
     console = console or Console()
+    _refuse_what_is_no_data_set(path)
     report = _inspect_with_progress(path, format, image_size, unlabelled)
+    if not any(split.records or split.problems[1:] for split in report.splits):  # there is nothing else to be said
+        raise DataError(f"{path}: there is no image in it; {_MEANT}")
     print_report(report, console)
     sheet = sheet or Path(f"{report.root.resolve().name}_sheet.png")
     picture = contact_sheet(report)
@@ -54,6 +60,15 @@ def check_data(
     if json is not None:
         write_json(json, report.to_json())
     return 2 if report.refused else 0
+
+
+def _refuse_what_is_no_data_set(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; {_MEANT}")
+    if path.is_file() and is_image_name(path):
+        raise DataError(f"{path}: is a single image; {_MEANT}")
+    if path.is_file() and path.suffix.lower() != ".json":
+        raise DataError(f"{path}: is neither a folder nor annotations in JSON; {_MEANT}")
 
 
 def _inspect_with_progress(path: Path, format: FormatName, image_size: int, unlabelled: Unlabelled) -> Report:

@@ -14,7 +14,7 @@ from rich.table import Table
 from samlet.artefacts import write_json, write_text
 from samlet.data.opening import DEFAULT_SPLIT, open_split
 from samlet.engine.progress import image_bar
-from samlet.errors import CheckpointError, SamletError
+from samlet.errors import CheckpointError, DataError, SamletError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from samlet.models import Sam
 
 DEFAULT_OUT = Path("evaluation")
+WEIGHTS = (".pt", ".pth", ".safetensors")
 TITLES = {"miou": "mIoU", "mdice": "mDice"}
 
 NOTES = """\
@@ -61,6 +62,7 @@ def evaluate(
         SamletError: a checkpoint, a data set, a split or a device that is not there or cannot be used.
     """
     named = name_checkpoints(checkpoints)
+    refuse_model(data, named)
     images = open_split(data, split, format)
     from samlet.engine.evaluation import BOX, CLICKS, POINT, choose_device
 
@@ -103,6 +105,30 @@ def name_checkpoints(given: Sequence[str]) -> list[Named]:
     if not named:
         raise CheckpointError("checkpoints: there is none to evaluate")
     return named
+
+
+def refuse_model(data: Path, named: Sequence[Named]) -> None:
+    """Say how it is meant where a model stands in the data set's place, the last one.
+
+    Raises:
+        DataError: it does.
+    """
+    if not is_model(data):
+        return
+    models = [str(one.path) for one in named if is_model(one.path)]
+    others = [str(one.path) for one in named if not is_model(one.path)]
+    meant = " ".join([*models, str(data), *(others[:1] or ["my_images/"])])
+    raise DataError(f"{data}: is a model, and the data set comes last; write samlet evaluate {meant}")
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path looks like weights, a run or a Hugging Face model."""
+    from samlet.models.checkpoints import STUDENT
+    from samlet.models.hf import is_hf_folder
+
+    if path.is_file():
+        return path.suffix.lower() in WEIGHTS
+    return is_hf_folder(path) or any((folder / STUDENT).is_file() for folder in (path, path / "best"))
 
 
 def markdown(report: dict[str, Any]) -> str:
