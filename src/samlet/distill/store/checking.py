@@ -117,7 +117,7 @@ def repair(root: Path, report: Report) -> tuple[int, list[Path]]:
             Shard(root, found.split, found.number, identity).drop(found.lost)
             lost += len(found.lost)
     for place in report.strays:
-        if place.suffix in _OURS:
+        if place.suffix in _OURS or place.name.startswith(".tmp"):
             place.unlink(missing_ok=True)
     return lost, [place for place in report.strays if place.exists()]
 

@@ -165,14 +165,13 @@ def read_journal(path: Path, store: str, damaged: list[str]) -> dict[Key, Entry]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     entries: dict[Key, Entry] = {}
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # what follows the last one was never committed
         try:
-            if line:
-                value = unsealed(line.decode())
-                if value["store"] != store:
-                    raise ValueError("it is of another store")
-                entry = _from_json(value)
-                entries[entry.image_id, entry.variant] = entry
+            value = unsealed(line.decode())
+            if value["store"] != store:
+                raise ValueError("it is of another store")
+            entry = _from_json(value)
+            entries[entry.image_id, entry.variant] = entry
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             damaged.append(f"{path}:{number}: damaged: {error}")
     return entries

@@ -178,6 +178,8 @@ def _begin(root: Path, identity: Identity, write_decoder: Callable[[Path], objec
             f"{root / MANIFEST}: missing, though there are features; put it back from a copy, or remove {root}"
         )
     remove_leftovers(root)
+    for place in root.glob(".tmp*"):  # safetensors' own, of a killed start
+        place.unlink(missing_ok=True)
     write_file(root / DECODER, write_decoder)
     facts = {"sha256": sha256_of(root / DECODER), "bytes": (root / DECODER).stat().st_size}
     write_sealed(root / MANIFEST, {"format": FORMAT, "identity": plain(identity), "decoder": facts}, indent=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +56,26 @@ def write_pack(path: Path, arrays: Mapping[str, Tensor], mode: int) -> dict[str,
     """
 
     def write(place: Path) -> None:
-        save_file(dict(arrays), place)
-        place.chmod(mode)  # safetensors lets nobody else read what it writes, whatever the user's umask says
+        folder = place.with_name(f"{place.name}.d")  # safetensors has temporary files of its own, of any name
+        try:
+            folder.mkdir()
+            save_file(dict(arrays), folder / path.name)
+            (folder / path.name).chmod(mode)  # it lets nobody else read what it writes, whatever the umask says
+            os.replace(folder / path.name, place)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
+    _remove_leftovers(path)
     write_file(path, write)
     return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+def remove_pack(path: Path) -> None:
+    """Remove a pack and what killed writers left of it."""
+    path.unlink(missing_ok=True)
+    _remove_leftovers(path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    for folder in path.parent.glob(f".{path.name}.*.tmp.d"):  # a pack has one writer, so they are of killed ones
+        shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,7 @@ from samlet.distill.store.entries import (
 )
 from samlet.distill.store.identity import Identity, read_store, shard_of
 from samlet.distill.store.layout import LEFTOVER, files_below, flush
-from samlet.distill.store.packs import Pack, write_pack
+from samlet.distill.store.packs import Pack, remove_pack, write_pack
 from samlet.errors import DataError, SamletError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Shard:
             array_key(*image, name, self.identity) for image, entry in self.entries.items() for name in entry.arrays
         ]
         if self._pack is None:
-            self._files.pack.unlink(missing_ok=True)
+            remove_pack(self._files.pack)
         else:
             for key in keys:
                 self._npy(key).unlink(missing_ok=True)
