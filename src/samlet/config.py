@@ -9,9 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializationInfo, ValidationError, model_serializer
 
+from samlet.artefacts import MANIFEST
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
-from samlet.distill.configs import DistillationConfig, TeacherConfig
+from samlet.distill.configs import DistillationConfig, ExtractionConfig, TeacherConfig
 from samlet.engine.configs import CheckpointConfig, LoggingConfig, TrainingConfig, ValidationConfig
+from samlet.errors import ConfigError
 from samlet.losses.configs import TaskLossConfig
 from samlet.models.configs import ModelConfig
 from samlet.schema import ExistingPath, Loc, Overlay, StrictModel, all_mistakes, overlaid
@@ -51,7 +53,11 @@ class StageConfig(Overlay):
     """When to measure and when to give up, where it differs."""
 
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("seed", "output_dir", "resume", "model", "dataset", "teachers", "checkpoint", "logging", "stages"), ONE_FOR_ALL
+        (
+            *("seed", "output_dir", "resume", "model", "dataset", "teachers"),
+            *("extraction", "checkpoint", "logging", "stages"),
+        ),
+        ONE_FOR_ALL,
     )
 
     @model_serializer
@@ -104,6 +110,8 @@ class RunConfig(StrictModel):
     """The loss against the teachers."""
     teachers: tuple[TeacherConfig, ...] = ()
     """The teachers; used where distillation is enabled."""
+    extraction: ExtractionConfig = ExtractionConfig()
+    """Computing the teachers' features ahead of time."""
     training: TrainingConfig = TrainingConfig()
     """Optimisation."""
     validation: ValidationConfig = ValidationConfig()
@@ -114,6 +122,23 @@ class RunConfig(StrictModel):
     """Logs."""
     stages: tuple[StageConfig, ...] = ()
     """Stretches of the run, one after the other: each is this configuration with its own changes laid over it."""
+
+    def is_stored(self, teacher: TeacherConfig) -> bool:
+        """Whether a teacher's features are read from its store."""
+        by_all = self.distillation.use_precomputed_features
+        return by_all if teacher.precomputed is None else teacher.precomputed
+
+    def store_of(self, teacher: TeacherConfig) -> Path:
+        """The folder of a teacher's store.
+
+        Raises:
+            ConfigError: no precomputed_root is given.
+        """
+        root = self.distillation.precomputed_root
+        if root is None:
+            raise ConfigError("distillation.precomputed_root: is null; give the folder of the teachers' stores")
+        alone = len(self.teachers) == 1 and (root / MANIFEST).is_file()
+        return root if alone else root / teacher.name
 
     def resolved(self) -> tuple[RunConfig, ...]:
         """One complete configuration for each stage; this one where there are none."""
@@ -132,6 +157,7 @@ class RunConfig(StrictModel):
         """What no single field can see."""
         yield from self._stage_mistakes()
         yield from self._cache_mistakes()
+        yield from self._store_mistakes()
         names = [teacher.name for teacher in self.teachers]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -162,6 +188,31 @@ class RunConfig(StrictModel):
                 ("training", "cache_embeddings"),
                 "each epoch's augmentation makes new images, which have no embedding yet: set augmentation.variants "
                 "(4, say, for four variations of each image), or augmentation.enable to false",
+            )
+
+    def _store_mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What stored features cannot be used for, and teachers without weights."""
+        if not self.distillation.enable:
+            return
+        stored = [teacher for teacher in self.teachers if self.is_stored(teacher)]
+        for index, teacher in enumerate(self.teachers):
+            if teacher.checkpoint is None and teacher not in stored:
+                yield ("teachers", index, "checkpoint"), "is null, and this teacher runs online; give its weights"
+        if not stored:
+            return
+        if self.distillation.precomputed_root is None:
+            yield ("distillation", "precomputed_root"), "is null; give the folder that `samlet extract` wrote into"
+        if self.augmentation.moves_images and self.augmentation.variants is None:
+            yield (
+                ("augmentation", "variants"),
+                "each epoch flips, scales or crops anew, and a store holds fixed images: set it to 4, say, for four "
+                "stored variations of each image, or switch flips, scale and crop off (colours may stay)",
+            )
+        if self.distillation.attention_matching.enable and self.distillation.attention_matching.encoder:
+            yield (
+                ("distillation", "attention_matching", "encoder"),
+                "is read at places that each step draws anew, which no store can hold: leave it empty (the decoder's "
+                "attention works), or let the teacher run online",
             )
 
     def _stage_mistakes(self) -> Iterable[tuple[Loc, str]]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, on the scale 0..255, RGB, as SAM was trained
 PIXEL_STD = (58.395, 57.12, 57.375)
+PREPROCESSING = f"longest side, PIL bilinear, mean {PIXEL_MEAN}, std {PIXEL_STD}, then zero padding"
+"""What features of an image depend on besides its pixels; stores of features compare it word by word."""
 LOW_RES_STRIDE = 4  # the mask decoder answers on a grid of S/4 x S/4
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,15 @@ from samlet.engine.run_dir import RunDir
 from samlet.engine.step import TrainStep
 from samlet.engine.validation import ForgettingGuard
 from samlet.errors import CheckpointError, ConfigError
+from samlet.extraction import stored_features, stores_of
 from samlet.models import Sam
 from samlet.types import Batch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from samlet.distill.store import StoreReader
 
 BATCHES_TO_MEASURE = 8  # before the first step
 
@@ -121,10 +124,15 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     val_set = config.dataset.build_val(seed=config.seed)
     pictures = len({record.image_id for record in train_set.records})  # a labelled one may stand there several times
     accelerator.print(f"{config.dataset.root}: {pictures} images to train on, {len(val_set)} to validate on")
+    stores = stores_of(config, train_set)
+    for name, reader in stores.items():
+        accelerator.print(f"{name}: features from {reader.root} ({reader.identity.dtype})")
+    if stores:
+        train_set = train_set.with_stored(stored_features(config, stores))
     student = config.model.build()
     place(student, accelerator.device, config.training)
     average = None if config.training.ema_decay is None else AverageStudent(student, config.training.ema_decay)
-    stages = set_up_stages(config, accelerator.device, student, train_set)
+    stages = set_up_stages(config, accelerator.device, student, train_set, stores)
     projections = stages[0].step.projections  # one for all stages
     optimizer = build_optimizer(
         named_parameters(student, projections),
@@ -166,17 +174,22 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
 
 
 def set_up_stages(
-    config: RunConfig, device: torch.device, student: Sam, train_set: SegmentationDataset
+    config: RunConfig,
+    device: torch.device,
+    student: Sam,
+    train_set: SegmentationDataset,
+    stores: Mapping[str, StoreReader],
 ) -> tuple[Stage, ...]:
     """Every stage before the first step, so that what cannot be used stops no later one; teachers are loaded once."""
     resolved, names = config.resolved(), [stage.name for stage in config.stages] or [""]
     distils = any(found.distillation.enable for found in resolved)
-    models = load_teachers(config.teachers if distils else (), config.model.image_size, device, config.training)
+    wanted = config.teachers if distils else ()
+    models = load_teachers(wanted, stores, config.model.image_size, device, config.training)
     projections = Projections()
     stages = []
     for name, found in zip(names, resolved, strict=True):
         step = build_step(student, found.loss, found.distillation, found.prompts, projections)
-        team = build_team(found.teachers, models, step)
+        team = build_team(found.teachers, models, stores, step)
         data = train_set.varied(found.prompts.build(found.dataset.mode), found.augmentation.build())
         steps = Pace.of(len(data), found.training).steps(found.training)
         stages.append(Stage(name, found, step, team, data, steps))

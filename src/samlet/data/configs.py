@@ -82,6 +82,11 @@ class AugmentationConfig(StrictModel):
         if self.scale[0] > self.scale[1]:
             yield ("scale",), f"the smallest ({self.scale[0]}) is more than the largest ({self.scale[1]})"
 
+    @property
+    def moves_images(self) -> bool:
+        """Whether it changes more than colours."""
+        return self.enable and (self.horizontal_flip, self.vertical_flip, self.scale, self.crop) != (0, 0, (1, 1), 0)
+
     def build(self) -> Augmentation:
         """The settings of `data.transforms`."""
         from samlet.data.transforms import Augmentation

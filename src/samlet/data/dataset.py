@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from samlet.data.images import read_image
+from samlet.data.images import probe_image, read_image
 from samlet.data.masks import centre_point, mask_box
 from samlet.data.prompts import PromptRow, PromptSettings, draw_blind_prompt, draw_prompt
 from samlet.data.records import ObjectMasks, Problem, Record, read_masks
 from samlet.data.sampler import SampleKey
-from samlet.data.streams import Stream, generator
+from samlet.data.streams import Stream, generator, name_index
 from samlet.data.transforms import (
     Augmentation,
+    Colour,
     Geometry,
     change_colour,
     coverage,
@@ -32,10 +34,25 @@ from samlet.frames import LOW_RES_STRIDE, normalize_and_pad
 from samlet.types import PADDING, Batch, Prompts, Sample
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float32, UInt8
+    from jaxtyping import Bool, Float, Float32, UInt8
 
 Policy = Literal["refuse", "skip"]
 Mask = np.ndarray
+
+
+class Picture(NamedTuple):
+    """An image in the input frame, as one draw of augmentation left it."""
+
+    pixels: Float[torch.Tensor, "3 S S"]  # normalised, then padded with zeros
+    input_size: tuple[int, int]  # (H, W) of the unpadded part
+    variation: str  # digest of the geometry, and of the colours where they are among the countable variants
+
+
+class StoredLookup(Protocol):
+    """Finds what teachers' stores hold of an image; refuses what was made of other pixels."""
+
+    def __call__(self, image_id: str, variant: int, variation: str) -> dict[str, torch.Tensor]:
+        """By "teacher/feature", as stored."""
 
 
 class SegmentationDataset(Dataset[Sample]):
@@ -76,6 +93,7 @@ class SegmentationDataset(Dataset[Sample]):
         self.augmentation = Augmentation() if augmentation is None else augmentation
         self.objects_per_image, self.min_area, self.broken = objects_per_image, min_area, broken
         self.embeddings: Callable[[SampleKey], torch.Tensor] | None = None
+        self.stored: StoredLookup | None = None
 
     def varied(self, prompts: PromptSettings, augmentation: Augmentation) -> SegmentationDataset:
         """The same images with other prompts and augmentation."""
@@ -83,10 +101,22 @@ class SegmentationDataset(Dataset[Sample]):
         other.prompts, other.augmentation = prompts, augmentation
         return other
 
+    def of_records(self, records: Sequence[Record]) -> SegmentationDataset:
+        """Other images, drawn from in the same way."""
+        other = copy(self)
+        other.records = tuple(records)
+        return other
+
     def with_embeddings(self, lookup: Callable[[SampleKey], torch.Tensor]) -> SegmentationDataset:
         """The same samples with the student's embedding of each."""
         other = copy(self)
         other.embeddings = lookup
+        return other
+
+    def with_stored(self, lookup: StoredLookup) -> SegmentationDataset:
+        """The same samples with what teachers' stores hold of each."""
+        other = copy(self)
+        other.stored = lookup
         return other
 
     def __len__(self) -> int:
@@ -123,36 +153,83 @@ class SegmentationDataset(Dataset[Sample]):
             raise error
         skipped.append(str(error))
 
+    def picture(self, key: SampleKey) -> Picture:
+        """The pixels of `self[key]` alone; masks are opened only where augmentation might have lost all objects.
+
+        Raises:
+            DataError: a file cannot be used.
+        """
+        image = read_image(self.records[key.index].image_path)
+        geometry, colour = self._settled(key, (image.shape[0], image.shape[1]))
+        return self._pictured(image, geometry, colour)
+
+    def variation(self, key: SampleKey) -> str:
+        """`self.picture(key).variation`, without decoding the image.
+
+        Raises:
+            DataError: a file cannot be used.
+        """
+        return self._variation(*self._settled(key, probe_image(self.records[key.index].image_path).size))
+
     def _sample(self, key: SampleKey, skipped: list[str]) -> Sample:
         record = self.records[key.index]
         image = read_image(record.image_path)
         size = (image.shape[0], image.shape[1])
-        variant = SampleKey(self.augmentation.of(key.epoch), key.index)
-        draw = generator(Stream.GEOMETRY, self.seed, *variant)
-        geometry = draw_geometry(draw, size, self.image_size, self.augmentation)
-        objects: list[tuple[int, Mask]] = []
-        if record.open_masks is not None:
-            masks = record.open_masks(size)
-            objects = self._objects(masks, geometry, key, skipped)
-            if not objects and geometry != (plain := whole(size, self.image_size)):
-                geometry, objects = plain, self._objects(masks, plain, key, skipped)
-            if not objects:
-                skipped.append(
-                    f"{record.image_path}: none of its objects has {self.min_area} pixels in the input frame"
-                )
-        colour = draw_colour(generator(Stream.COLOUR, self.seed, *variant), self.augmentation)
-        resized = change_colour(transform_image(image, geometry), colour)
+        geometry, colour = self._drawn(key, size)
+        geometry, objects = self._framed(key, size, geometry, skipped)
+        picture = self._pictured(image, geometry, colour)
         rows = self._rows(objects, geometry, key)
         grids = [coverage(mask, self.image_size) for _, mask in objects]
+        variant = 0 if self.augmentation.variants is None else self.augmentation.of(key.epoch)
         return Sample(
-            pixels=normalize_and_pad(resized, self.image_size),
+            pixels=picture.pixels,
             input_size=geometry.size,
             prompts=stack_rows(rows),
             masks=self._ground_truth(grids, len(rows)),
             labelled=torch.full((len(rows),), bool(objects)),
             image_id=record.image_id,
             skipped=tuple(skipped),
+            stored=None if self.stored is None else self.stored(record.image_id, variant, picture.variation),
         )
+
+    def _drawn(self, key: SampleKey, size: tuple[int, int]) -> tuple[Geometry, Colour]:
+        """How augmentation would vary an image. Countable variants follow its name, so that they can be stored."""
+        settings = self.augmentation
+        index = key.index if settings.variants is None else name_index(self.records[key.index].image_id)
+        which = settings.of(key.epoch), index
+        geometry = draw_geometry(generator(Stream.GEOMETRY, self.seed, *which), size, self.image_size, settings)
+        return geometry, draw_colour(generator(Stream.COLOUR, self.seed, *which), settings)
+
+    def _framed(
+        self, key: SampleKey, size: tuple[int, int], geometry: Geometry, skipped: list[str]
+    ) -> tuple[Geometry, list[tuple[int, Mask]]]:
+        """The geometry, or the plain one where no object is visible in it; and objects that are."""
+        record = self.records[key.index]
+        if record.open_masks is None:
+            return geometry, []
+        masks = record.open_masks(size)
+        objects = self._objects(masks, geometry, key, skipped)
+        if not objects and geometry != (plain := whole(size, self.image_size)):
+            geometry, objects = plain, self._objects(masks, plain, key, skipped)
+        if not objects:
+            skipped.append(f"{record.image_path}: none of its objects has {self.min_area} pixels in the input frame")
+        return geometry, objects
+
+    def _settled(self, key: SampleKey, size: tuple[int, int]) -> tuple[Geometry, Colour]:
+        """What `_sample` would use; the plain geometry stays whatever the masks say."""
+        geometry, colour = self._drawn(key, size)
+        if geometry != whole(size, self.image_size):
+            geometry, _ = self._framed(key, size, geometry, [])
+        return geometry, colour
+
+    def _pictured(self, image: UInt8[np.ndarray, "H W 3"], geometry: Geometry, colour: Colour) -> Picture:
+        resized = change_colour(transform_image(image, geometry), colour)
+        pixels = normalize_and_pad(resized, self.image_size)
+        return Picture(pixels, geometry.size, self._variation(geometry, colour))
+
+    def _variation(self, geometry: Geometry, colour: Colour) -> str:
+        made_with = (geometry,) if self.augmentation.variants is None else (geometry, colour)
+        return hashlib.sha256(repr(made_with).encode()).hexdigest()[:16]
 
     def _objects(
         self, masks: ObjectMasks, geometry: Geometry, key: SampleKey, skipped: list[str]
@@ -240,6 +317,7 @@ def join_prompts(parts: Sequence[Prompts]) -> Prompts:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples side by side; `image_index` tells whose each prompt is."""
     embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
+    stored = [sample.stored for sample in samples if sample.stored is not None]
     return Batch(
         pixels=torch.stack([sample.pixels for sample in samples]),
         input_sizes=torch.tensor([sample.input_size for sample in samples], dtype=torch.int64),
@@ -249,6 +327,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image_ids=tuple(sample.image_id for sample in samples),
         skipped=tuple(reason for sample in samples for reason in sample.skipped),
         embedding=torch.stack(embeddings) if embeddings else None,
+        stored={name: torch.stack([found[name] for found in stored]) for name in stored[0]} if stored else None,
     )
 
 

@@ -47,14 +47,34 @@ class TeacherConfig(StrictModel):
     """How logs and errors call it."""
     weight: float | None = Field(None, ge=0)
     """Share of this teacher; shares are normalised to sum 1, and without one all teachers count alike."""
-    checkpoint: ExistingPath
-    """Weights: an upstream .pth/.pt, a .safetensors, a samlet run, or a Hugging Face SamModel folder."""
+    checkpoint: ExistingPath | None = None
+    """Weights: an upstream .pth/.pt, a .safetensors, a samlet run, or a Hugging Face SamModel folder. null: only where
+    the features were computed before, whose store holds the teacher's decoder; the teacher is then not compared."""
+    precomputed: bool | None = None
+    """Read this teacher's features from its store; null: as distillation.use_precomputed_features says."""
     image_size: Annotated[int, Field(ge=32, multiple_of=16)] | None = None
     """Side of the square that this teacher sees; null: as the student. Its maps are resized to the student's grid."""
     precision: Literal["fp32", "bf16"] | None = None
     """Of its image encoder's weights and arithmetic; null: as the run. bf16 halves their memory."""
     offload: bool = False
     """Keep its image encoder in main memory and bring it to the device for each batch: slower, less device memory."""
+
+
+class ExtractionConfig(StrictModel):
+    """How `samlet extract` computes and stores what the teachers see in the images."""
+
+    splits: tuple[Literal["train", "val"], ...] = Field(("train",), min_length=1)
+    """Which images; training reads those of train."""
+    dtype: Literal["fp32", "fp16", "int8"] = "fp16"
+    """Numbers of the store: 4, 2 or 1 bytes each; int8 is affine by channel."""
+    pack: bool = False
+    """Many images in one file, for file systems that hate millions of files."""
+    batch_size: int = Field(8, ge=1)
+    """Images that a GPU encodes at once; a CPU takes one at a time, so that the result never depends on it."""
+    workers: int = Field(4, ge=1)
+    """Threads that read images and write features beside the network."""
+    images_per_shard: int = Field(64, ge=1)
+    """About so many images, or variants of images, form the piece of work that one process claims."""
 
 
 class DynamicLambdaConfig(StrictModel):
@@ -91,9 +111,9 @@ class DistillationConfig(StrictModel):
     it is right and the student wrong (TinySAM). confidence: the teacher by its own IoU estimate c, the ground truth's
     masks by 1 - c (PicoSAM2). Without ground truth the teacher always counts in full."""
     use_precomputed_features: bool = False
-    """Read teacher features from disk in place of running the teachers."""
+    """Read the teachers' features from stores that `samlet extract` wrote, in place of running their encoders."""
     precomputed_root: Path | None = None
-    """Folder of the precomputed features."""
+    """Where those stores lie: a folder for each teacher, called by its name; with one teacher also its store itself."""
     encoder_patch: EncoderPatchConfig = EncoderPatchConfig()
     """Patch tokens of the image encoder."""
     prompt_embed: PromptEmbedConfig = PromptEmbedConfig(enable=False)
@@ -120,11 +140,6 @@ class DistillationConfig(StrictModel):
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """What no single field can see."""
-        if self.use_precomputed_features:
-            yield (
-                ("use_precomputed_features",),
-                "this version runs its teachers online; set it to false and name them under teachers",
-            )
         if self.dynamic_lambda.enable_plateau_scheduler and self.dynamic_lambda.min > self.lambda_coef:
             yield ("dynamic_lambda", "min"), f"is above lambda_coef ({self.lambda_coef:g}), which only ever falls"
         if self.enable and not list(self.terms()):

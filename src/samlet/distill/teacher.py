@@ -14,6 +14,9 @@ from samlet.distill.views import channels_of, encode_tapped
 from samlet.types import Batch, ImageFeatures, MaskOutput, Prompts
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from samlet.models.sam import Sam
 
 
@@ -75,11 +78,16 @@ class LiveTeacher:
         if offload:
             self.sam.image_encoder.to("cpu")
 
-    @torch.no_grad()
     def encode(self, batch: Batch) -> ImageFeatures:
         """Run the image encoder."""
-        pixels = pixels_at(batch.pixels, self.image_size)
-        places = attention_places(batch, self.encoder_taps)
+        return self.encode_pixels(batch.pixels, attention_places(batch, self.encoder_taps))
+
+    @torch.no_grad()
+    def encode_pixels(
+        self, pixels: Float[Tensor, "B 3 S S"], places: Float[Tensor, "B Q 2"] | None = None
+    ) -> ImageFeatures:
+        """Run the image encoder on images of any input frame; `places` are those where attention is tapped."""
+        pixels = pixels_at(pixels, self.image_size)
         with self._present(pixels.device):
             if self.precision is None:
                 return encode_tapped(self.sam, pixels, self.encoder_taps, places)

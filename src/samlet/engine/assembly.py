@@ -13,17 +13,21 @@ from samlet.distill.configs import normalized_weights
 from samlet.distill.corrections import Corrections
 from samlet.distill.objectives import Objective, build_objectives
 from samlet.distill.projections import build_projections
-from samlet.distill.teacher import LiveTeacher, TeacherTeam
+from samlet.distill.store import decoder_file
+from samlet.distill.stored import StoredTeacher
+from samlet.distill.teacher import LiveTeacher, Teacher, TeacherTeam
 from samlet.engine.device import place
 from samlet.engine.step import TrainStep
 from samlet.errors import ConfigError
 from samlet.models import load_sam
+from samlet.models.decoder_file import load_decoder
 
 if TYPE_CHECKING:
     from samlet.data.configs import PromptConfig
     from samlet.data.dataset import SegmentationDataset
     from samlet.distill.configs import DistillationConfig, TeacherConfig
     from samlet.distill.projections import Projections
+    from samlet.distill.store import StoreReader
     from samlet.engine.configs import TrainingConfig
     from samlet.losses.configs import TaskLossConfig
     from samlet.models.sam import Sam
@@ -53,24 +57,34 @@ def build_step(
 
 
 def load_teachers(
-    teachers: Sequence[TeacherConfig], image_size: int, device: torch.device, training: TrainingConfig
+    teachers: Sequence[TeacherConfig],
+    stores: Mapping[str, StoreReader],
+    image_size: int,
+    device: torch.device,
+    training: TrainingConfig,
 ) -> dict[str, Sam]:
-    """Every teacher's model by name, on the device.
+    """Every teacher's model by name, on the device; of those with a store the decoder alone.
 
     Raises:
         SamletError: a checkpoint that cannot be used.
     """
     models = {}
     for teacher in teachers:
-        sam = load_sam(teacher.checkpoint, image_size=teacher.image_size or image_size)
+        if teacher.name in stores:
+            sam = load_decoder(decoder_file(stores[teacher.name].root))
+        else:
+            assert teacher.checkpoint is not None, "the configuration was checked"
+            sam = load_sam(teacher.checkpoint, image_size=teacher.image_size or image_size)
         place(sam, device, training)
-        if training.compile:
+        if training.compile and teacher.name not in stores:
             sam.image_encoder.compile()
         models[teacher.name] = sam
     return models
 
 
-def build_team(teachers: Sequence[TeacherConfig], models: Mapping[str, Sam], step: TrainStep) -> TeacherTeam | None:
+def build_team(
+    teachers: Sequence[TeacherConfig], models: Mapping[str, Sam], stores: Mapping[str, StoreReader], step: TrainStep
+) -> TeacherTeam | None:
     """The teachers, frozen, with the taps and shares that a step asks for; none where nothing is distilled.
 
     Raises:
@@ -79,18 +93,16 @@ def build_team(teachers: Sequence[TeacherConfig], models: Mapping[str, Sam], ste
     if not step.objectives:
         return None
     encoder_taps = sorted({tap for objective in step.objectives for tap in objective.teacher_taps})
-    live = [
-        LiveTeacher(
-            teacher.name,
-            models[teacher.name],
-            encoder_taps,
-            step.decoder_taps,
-            precision=None if teacher.precision is None else PRECISIONS[teacher.precision],
-            offload=teacher.offload,
-        )
-        for teacher in teachers
-    ]
-    return TeacherTeam(live, normalized_weights(teachers))
+
+    def build(teacher: TeacherConfig) -> Teacher:
+        sam = models[teacher.name]
+        if teacher.name in stores:
+            return StoredTeacher(teacher.name, sam, encoder_taps, step.decoder_taps)
+        precision = None if teacher.precision is None else PRECISIONS[teacher.precision]
+        taps = (encoder_taps, step.decoder_taps)
+        return LiveTeacher(teacher.name, sam, *taps, precision=precision, offload=teacher.offload)
+
+    return TeacherTeam([build(teacher) for teacher in teachers], normalized_weights(teachers))
 
 
 def add_projections(

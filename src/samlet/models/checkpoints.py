@@ -51,7 +51,7 @@ def load_sam(path: Path | str, image_size: int | None = None, **overrides: Any) 
         CheckpointError: the file is missing, damaged, foreign, or does not fit the model key by key.
     """
     file, is_hf = _locate(Path(path))
-    state, arch = _read(file)
+    state, arch = read_tensors(file)
     if is_hf:
         hf.check_config(file.parent)
         state = hf.to_upstream(state)
@@ -64,7 +64,7 @@ def load_sam(path: Path | str, image_size: int | None = None, **overrides: Any) 
         with torch.device("meta"):
             sam = build_sam(**{"kind": None, **arch})
         _resample_positions(state, sam)
-        _fill(sam, state)
+        fill_model(sam, state)
     except SamletError as error:
         raise CheckpointError(f"{file}: {error}") from error
     except (TypeError, RuntimeError) as error:
@@ -141,7 +141,7 @@ def _locate(path: Path) -> tuple[Path, bool]:
     )
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors by name, and the sizes if the file tells them; decided by the content, not by the file's name."""
     try:
         with file.open("rb") as stream:
@@ -280,7 +280,7 @@ def _resample_positions(state: dict[str, Tensor], sam: Sam) -> None:
             state[name] = F.interpolate(rows, 2 * grid - 1, mode="linear", align_corners=False)[0].T
 
 
-def _fill(sam: Sam, state: dict[str, Tensor]) -> None:
+def fill_model(sam: Sam, state: dict[str, Tensor]) -> None:
     """Give a model on the meta device its weights; every key and shape must fit."""
     expected = sam.state_dict()
     problems = [

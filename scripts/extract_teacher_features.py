@@ -1,0 +1,52 @@
+"""Compute a teacher's features ahead of time, by the flags of the distillation guide; `samlet extract CONFIG` is the same.
+
+    python scripts/extract_teacher_features.py --teacher_name SAM_vitH --teacher_cfg configs/sam_vith.yaml \
+        --teacher_ckpt weights/sam_vit_h_4b8939.pth --dataset_base_dir datasets \
+        --output_base_dir precomputed/SAM_vitH --splits train val --fp16
+
+The configuration says which features (terms and their taps), input size and augmentation; the flags say the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from samlet.cli import main as run
+
+
+def main() -> None:
+    """Lay the flags over the configuration and extract."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher_name", required=True, help="how logs and errors call the teacher")
+    parser.add_argument("--teacher_cfg", type=Path, required=True, help="a configuration of samlet")
+    parser.add_argument("--teacher_ckpt", type=Path, required=True, help="the teacher's weights")
+    parser.add_argument("--dataset_base_dir", type=Path, required=True, help="folder of the images and masks")
+    parser.add_argument("--output_base_dir", type=Path, required=True, help="folder of the store")
+    parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train"])
+    parser.add_argument("--fp16", action="store_true", help="store half precision")
+    parser.add_argument(
+        "--mode", choices=["point", "box", "mixed", "everything"], help="of the run that will read the store"
+    )
+    parser.add_argument("--grid_points", type=int, help="of that run; what is stored of an image suits any prompts")
+    parser.add_argument("--processes", type=int, default=1, help="at work at once")
+    given = parser.parse_args()
+    teacher = {"name": given.teacher_name, "checkpoint": str(given.teacher_ckpt)}
+    overrides = [
+        f"teachers={json.dumps([teacher])}",
+        f"dataset.root={json.dumps(str(given.dataset_base_dir))}",
+        f"distillation.precomputed_root={json.dumps(str(given.output_base_dir))}",
+        f"extraction.splits={json.dumps(given.splits)}",
+        f"extraction.dtype={'fp16' if given.fp16 else 'fp32'}",
+    ]
+    if given.mode in ("point", "box", "mixed"):
+        overrides.append(f"dataset.mode={given.mode}")
+    place = ["--store", str(given.output_base_dir), "--processes", str(given.processes)]
+    sys.argv = ["samlet", "extract", str(given.teacher_cfg), *overrides, *place]
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""Computing what a teacher sees in the images, ahead of time: a pure function over shards of the image list.
+
+An `Extractor` lives in one process and holds the teacher; which shards it takes, and who else is at work on the same
+store, is the executors' business. Reading images, the network, and writing features overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+
+import samlet
+from samlet.artefacts import sha256_of
+from samlet.config import RunConfig
+from samlet.data.dataset import Picture, SegmentationDataset
+from samlet.data.sampler import SampleKey
+from samlet.distill.objectives import build_objectives
+from samlet.distill.store import (
+    Identity,
+    Shard,
+    StoreReader,
+    bytes_per_image,
+    open_store,
+    read_identity,
+    refuse_stale,
+    shard_of,
+)
+from samlet.distill.stored import EMBEDDING, StoredFeatures
+from samlet.distill.teacher import LiveTeacher
+from samlet.engine.device import memory_format, place
+from samlet.engine.memory import readable
+from samlet.engine.progress import image_bar
+from samlet.errors import ConfigError, DataError, SamletError
+from samlet.frames import PREPROCESSING
+from samlet.models import load_sam
+from samlet.models.checkpoints import digest_of, plain_state
+from samlet.models.decoder_file import save_decoder
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from samlet.data.configs import AugmentationConfig
+    from samlet.data.records import Record
+    from samlet.distill.configs import TeacherConfig
+    from samlet.models.sam import Sam
+
+T = TypeVar("T")
+R = TypeVar("R")
+COMMAND = "samlet extract with this configuration"
+HASHING_THREADS = 4
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ShardName(NamedTuple):
+    """A piece of the work."""
+
+    split: str
+    number: int
+
+
+class Wanted(NamedTuple):
+    """One image-variant that a store should hold."""
+
+    image_id: str
+    variant: int
+    key: SampleKey  # where its pixels come from
+
+
+class TeacherFacts(NamedTuple):
+    """What a store's identity says of a teacher's weights."""
+
+    kind: str
+    sha256: str
+
+
+def job_of(config: RunConfig, teacher: TeacherConfig, store: Path) -> str:
+    """The work on one teacher's store as text, with absolute paths: it travels to other processes and machines."""
+    plain = config.model_dump(mode="json", by_alias=True)
+    plain["dataset"]["root"] = str(config.dataset.root.absolute())
+    plain["teachers"] = [{**teacher.model_dump(mode="json"), "checkpoint": str(_weights(teacher).absolute())}]
+    return json.dumps({"config": plain, "store": str(store.absolute())})
+
+
+def _weights(teacher: TeacherConfig) -> Path:
+    if teacher.checkpoint is None:
+        raise ConfigError(f"teachers: '{teacher.name}' has no checkpoint, so there is nothing to extract from")
+    return teacher.checkpoint
+
+
+class Extractor:
+    """Holds a teacher and the images of a job.
+
+    Raises:
+        SamletError: the store is of something else, or something the job names cannot be used.
+    """
+
+    def __init__(self, job: str) -> None:
+        given = json.loads(job)
+        self.config = RunConfig.model_validate_json(json.dumps(given["config"]))
+        self.store = Path(given["store"])
+        self.settings = self.config.extraction
+        (teacher,) = self.config.teachers
+        training = self.config.training
+        cuda = torch.cuda.is_available() and training.device != "cpu"
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.splits: dict[str, SegmentationDataset] = {
+            split: pictures_of(self.config, split) for split in self.settings.splits
+        }
+        sam = load_sam(_weights(teacher), image_size=teacher.image_size or self.config.model.image_size)
+        count = max(len(self.wanted(split)) for split in self.splits)
+        identity = identity_of(self.config, teacher, facts_of(sam), images=count)
+        self.identity = open_store(self.store, identity, lambda path: save_decoder(sam, path))
+        place(sam, self.device, training)
+        if training.compile:
+            sam.image_encoder.compile()
+        precision = None if teacher.precision is None else PRECISIONS[teacher.precision]
+        self.teacher = LiveTeacher(teacher.name, sam, self.identity.taps, precision=precision)
+        self.batch_size = self.settings.batch_size if cuda else 1  # one by one, a CPU's result depends on no neighbour
+
+    @property
+    def shards(self) -> tuple[ShardName, ...]:
+        """All pieces of the job, in order."""
+        return tuple(ShardName(split, number) for split in self.splits for number in range(self.identity.shards))
+
+    def wanted(self, split: str) -> tuple[Wanted, ...]:
+        """Every image-variant of a split, sorted."""
+        data = self.splits[split]
+        first = {record.image_id: index for index, record in reversed(list(enumerate(data.records)))}
+        variants = range(data.augmentation.variants or 1)
+        return tuple(Wanted(name, v, SampleKey(v, index)) for name, index in sorted(first.items()) for v in variants)
+
+    @cached_property
+    def _by_shard(self) -> dict[ShardName, list[Wanted]]:
+        found: dict[ShardName, list[Wanted]] = {name: [] for name in self.shards}
+        for split in self.splits:
+            for item in self.wanted(split):
+                found[ShardName(split, shard_of(item.image_id, self.identity))].append(item)
+        return found
+
+    def missing(self, shard: ShardName) -> list[Wanted]:
+        """What is not in the store, or was computed from an image, mask or crop that has changed since."""
+        entries = Shard(self.store, shard.split, shard.number, self.identity).entries
+        data = self.splits[shard.split]
+
+        def is_there(item: Wanted) -> bool:
+            entry = entries.get((item.image_id, item.variant))
+            if entry is None or entry.image_sha256 != sha256_of(data.records[item.key.index].image_path):
+                return False
+            return entry.variation == data.variation(item.key)
+
+        return [item for item in self._by_shard[shard] if not is_there(item)]
+
+    def is_finished(self, shard: ShardName) -> bool:
+        """Whether nothing of a shard is left to do."""
+        place = Shard(self.store, shard.split, shard.number, self.identity)
+        return place.finished and not self.missing(shard)
+
+    def extract(
+        self, shard: ShardName, still_mine: Callable[[], None], advance: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
+        """Compute what is missing and commit it, image by image; what could not be used, where the policy is to skip.
+
+        `still_mine` is called before every commit and raises where the shard has gone to somebody else.
+
+        Raises:
+            DataError: a file cannot be used and the policy is to refuse.
+        """
+        place, data = Shard(self.store, shard.split, shard.number, self.identity), self.splits[shard.split]
+        missing, skipped = self.missing(shard), list[str]()
+        advance(len(self._by_shard[shard]) - len(missing))
+
+        def read(item: Wanted) -> tuple[Wanted, Picture, str] | None:
+            try:
+                return item, data.picture(item.key), sha256_of(data.records[item.key.index].image_path)
+            except DataError as error:
+                if data.broken == "refuse":
+                    raise
+                skipped.append(str(error))
+                return None
+
+        def write(items: Sequence[tuple[Wanted, Picture, str]], features: dict[str, Tensor]) -> None:
+            arrays = {name: value.float().cpu().numpy() for name, value in features.items()}
+            for row, (item, picture, image_sha256) in enumerate(items):
+                still_mine()
+                own = {name: value[row] for name, value in arrays.items()}
+                place.add(item.image_id, item.variant, picture.variation, image_sha256, own)
+                advance(1)
+
+        with ThreadPoolExecutor(self.settings.workers) as readers, ThreadPoolExecutor(1) as writer:
+            writing: deque[Future[None]] = deque()
+            ready = _ahead(readers, read, missing, self.settings.workers + self.batch_size)
+            for group in _groups(ready, self.batch_size):
+                features = self.encode(torch.stack([picture.pixels for _, picture, _ in group]))
+                writing.append(writer.submit(write, group, features))
+                if len(writing) > 2:  # let no more than that wait in memory
+                    writing.popleft().result()
+            for last in writing:
+                last.result()
+        still_mine()
+        place.finish(pack=self.settings.pack)
+        return skipped
+
+    def any_pixels(self) -> Float[Tensor, "3 S S"]:
+        """An image of the job.
+
+        Raises:
+            DataError: none can be read.
+        """
+        reasons = []
+        for split, data in self.splits.items():
+            for item in self.wanted(split):
+                try:
+                    return data.picture(item.key).pixels
+                except DataError as error:
+                    if data.broken == "refuse":
+                        raise
+                    reasons.append(str(error))
+        raise DataError(f"no image can be read; the first: {reasons[0]}")
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> dict[str, Tensor]:
+        """Embedding and taps of some images, as a run's teacher would see them."""
+        kind = PRECISIONS[self.config.training.precision]
+        placed = pixels.to(self.device, memory_format=memory_format(self.config.training), non_blocking=True)
+        with torch.autocast(self.device.type, dtype=kind, enabled=kind != torch.float32):
+            features = self.teacher.encode_pixels(placed)
+        return {EMBEDDING: features.embedding, **features.taps}
+
+
+def pictures_of(config: RunConfig, split: str) -> SegmentationDataset:
+    """The images of a split as the teacher sees them: in all variants, or without the colours of a run without them.
+
+    Raises:
+        DataError: there are none, or some are refused.
+    """
+    plain = config.augmentation.model_copy(update={"enable": False})
+    kept = config.augmentation if config.augmentation.variants is not None else plain
+    data = config.dataset.build_train(
+        image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=kept
+    )
+    if split == "train":
+        return data
+    return data.of_records(config.dataset.build_val(seed=config.seed).records).varied(data.prompts, plain.build())
+
+
+def stores_of(config: RunConfig, data: SegmentationDataset) -> dict[str, StoreReader]:
+    """The stores that a run reads, by teacher, once everything in them was found to be what the run needs.
+
+    Raises:
+        SamletError: there is none, it was made of something else, or images are missing from it or have changed.
+    """
+    readers: dict[str, StoreReader] = {}
+    stages = [stage for stage in config.resolved() if stage.distillation.enable]
+    for teacher in config.teachers if stages else ():
+        if not config.is_stored(teacher):
+            continue
+        root = config.store_of(teacher)
+        found = read_identity(root)
+        facts = TeacherFacts(found.teacher_kind, found.teacher_sha256)
+        if teacher.checkpoint is not None:
+            facts = facts_of(load_sam(teacher.checkpoint, image_size=teacher.image_size or config.model.image_size))
+        for stage in stages:
+            wanted = identity_of(stage, teacher, facts, taps=taps_of(config))
+            free = {name: getattr(found, name) for name in ("teacher", "dtype", "precision")}  # any will do
+            refuse_stale(root, wanted.model_copy(update=free), COMMAND)
+        readers[teacher.name] = StoreReader(root, "train")
+    if readers:
+        refuse_other_images(readers, data)
+    return readers
+
+
+def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDataset) -> None:
+    """Compare every image of a run with what its features were computed from.
+
+    Raises:
+        DataError: names the first image that is not in a store, or that has changed since.
+    """
+    records = {record.image_id: record for record in data.records}
+    with ThreadPoolExecutor(HASHING_THREADS) as pool, image_bar() as bar:
+        digests = pool.map(_digest, records.values())
+        for record, digest in zip(
+            records.values(), bar.track(digests, len(records), description="images"), strict=True
+        ):
+            if digest is None and data.broken == "skip":
+                continue
+            for reader in readers.values():
+                for variant in range(data.augmentation.variants or 1):
+                    entry = reader.entries.get((record.image_id, variant))
+                    if entry is None:
+                        raise DataError(f"{reader.root}: holds no features of {record.image_path}; run {COMMAND}")
+                    if entry.image_sha256 != digest:
+                        raise DataError(
+                            f"{record.image_path}: has changed since its features were computed in {reader.root}; "
+                            f"run {COMMAND}"
+                        )
+
+
+def _digest(record: Record) -> str | None:
+    try:
+        return sha256_of(record.image_path)
+    except OSError:  # training will say so, or take another image
+        return None
+
+
+def stored_features(config: RunConfig, readers: Mapping[str, StoreReader]) -> StoredFeatures:
+    """What looks a run's images up in its stores."""
+    names = (EMBEDDING, *taps_of(config))
+    return StoredFeatures(readers, dict.fromkeys(readers, names), COMMAND)
+
+
+def facts_of(sam: Sam) -> TeacherFacts:
+    """What tells one teacher's weights from another's, wherever they lie and however they were saved."""
+    return TeacherFacts(sam.kind, digest_of(plain_state(sam), sam.arch))
+
+
+def identity_of(
+    config: RunConfig,
+    teacher: TeacherConfig,
+    facts: TeacherFacts,
+    *,
+    taps: tuple[str, ...] | None = None,
+    images: int = 1,
+) -> Identity:
+    """Of what a store's features are, that this configuration needs of a teacher."""
+    augmentation = config.augmentation
+    return Identity(
+        teacher=teacher.name,
+        teacher_kind=facts.kind,
+        teacher_sha256=facts.sha256,
+        teacher_image_size=teacher.image_size or config.model.image_size,
+        image_size=config.model.image_size,
+        precision=teacher.precision or config.training.precision,
+        taps=taps_of(config) if taps is None else taps,
+        dtype=config.extraction.dtype,
+        preprocessing=PREPROCESSING,
+        augmentation=_variation_of(augmentation, config.seed),
+        variants=(augmentation.variants or 1) if augmentation.enable else 1,
+        outputs=None,
+        shards=max(1, math.ceil(images / config.extraction.images_per_shard)),
+        samlet=samlet.__version__,
+    )
+
+
+def taps_of(config: RunConfig) -> tuple[str, ...]:
+    """The teachers' encoder taps that any stage compares."""
+    stages = [build_objectives(stage.distillation) for stage in config.resolved()]
+    return tuple(sorted({tap for objectives in stages for objective in objectives for tap in objective.teacher_taps}))
+
+
+def _variation_of(augmentation: AugmentationConfig, seed: int) -> dict[str, object] | None:
+    """Everything that the pixels of countable variants depend on."""
+    if not augmentation.enable or augmentation.variants is None:
+        return None
+    return {**augmentation.model_dump(mode="json", exclude={"enable", "variants"}), "seed": seed}
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R | None], items: Sequence[T], count: int) -> Iterator[R]:
+    """`work` of each item in order, begun for up to `count` items before they are asked for; None is left out."""
+    waiting, rest = deque[Future[R | None]](), iter(items)
+    waiting.extend(pool.submit(work, item) for item in islice(rest, count))
+    while waiting:
+        found = waiting.popleft().result()
+        waiting.extend(pool.submit(work, item) for item in islice(rest, 1))
+        if found is not None:
+            yield found
+
+
+def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while group := list(islice(items, size)):
+        yield group
+
+
+class Plan(NamedTuple):
+    """What an extraction is about to do."""
+
+    images: int  # image-variants that the store should hold
+    missing: int  # of them
+    bytes_per_image: int
+    bytes_free: int  # where the store lies
+    seconds_per_image: float  # of the network, measured on one
+
+    @property
+    def bytes_missing(self) -> int:
+        """What will be written."""
+        return self.missing * self.bytes_per_image
+
+    def refuse_full_disk(self, store: Path) -> None:
+        """Stop before a disk is filled.
+
+        Raises:
+            SamletError: what is missing does not fit.
+        """
+        if self.bytes_missing > self.bytes_free:
+            raise SamletError(
+                f"{store}: needs {readable(self.bytes_missing)} more and {readable(self.bytes_free)} are free; make "
+                "room, name another distillation.precomputed_root, or take extraction.dtype int8"
+            )
+
+
+def plan_of(extractor: Extractor) -> Plan:
+    """Look at the store and the disk, and time the network on the first image that can be read.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    missing = sum(len(extractor.missing(shard)) for shard in extractor.shards)
+    pixels = extractor.any_pixels()[None]
+    extractor.encode(pixels)  # the first time is not like the others
+    start = time.perf_counter()
+    features = {name: value.float().cpu() for name, value in extractor.encode(pixels).items()}
+    seconds = time.perf_counter() - start
+    shapes = {name: tuple(value.shape[1:]) for name, value in features.items()}
+    images = sum(len(extractor.wanted(split)) for split in extractor.splits)
+    size = bytes_per_image(extractor.identity, shapes)
+    return Plan(images, missing, size, shutil.disk_usage(extractor.store).free, seconds)
