@@ -127,7 +127,10 @@ def test_every_field_explains_itself() -> None:
         ({"dataset": {"unlabelled": "use"}}, "images without masks teach nothing without a teacher"),
         ({"training": {"unfreeze_epoch": 2}}, "training.freeze is empty"),
         ({"training": {"min_learning_rate": 1.0}}, "is above learning_rate"),
-        ({"distillation": {"use_precomputed_features": True}}, "is null; give the folder that `samlet extract` wrote into"),
+        (
+            {"distillation": {"enable": True, "use_precomputed_features": True}, "teachers": [{"name": "A"}]},
+            "is null; give the folder that `samlet extract` wrote into",
+        ),
         ({"teachers": [{"name": "A", "checkpoint": "."}] * 2}, "teachers.1.name: 'A' is taken"),
     ],
 )

@@ -1,0 +1,85 @@
+"""Compute the teachers' features ahead of time: `samlet extract CONFIG`, into one store a teacher.
+
+What is there already is kept: a second start goes on where the first one stopped, an edited or added image is
+computed alone. Any number of processes and machines may run the same command on a shared folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from samlet.engine.executors import run_local, run_ray
+from samlet.engine.memory import readable
+from samlet.errors import ConfigError
+from samlet.extraction import Extractor, Plan, job_of, plan_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from samlet.config import RunConfig
+    from samlet.distill.configs import TeacherConfig
+
+Engine = Literal["local", "ray"]
+
+
+def extract(
+    config: RunConfig,
+    *,
+    engine: Engine = "local",
+    processes: int = 1,
+    threads: int | None = None,
+    store: Path | None = None,
+) -> int:
+    """Bring the store of every teacher that a configuration reads, or could read, to what it needs; the exit code.
+
+    `store` is the folder of a single teacher's store, where it is not called by the teacher's name.
+
+    Raises:
+        SamletError: something it was given cannot be used, or the disk is too small; what was stored stays.
+    """
+    for teacher in teachers_to_extract(config):
+        job = job_of(config, teacher, store or config.store_of(teacher))
+        extractor = Extractor(job)
+        plan = plan_of(extractor)
+        show_plan(teacher.name, extractor.store, plan, processes)
+        plan.refuse_full_disk(extractor.store)
+        del extractor  # the workers hold their own
+        run = run_ray if engine == "ray" else run_local
+        code = run(job, Extractor, processes, threads)
+        if code:
+            return code
+    return 0
+
+
+def teachers_to_extract(config: RunConfig) -> Sequence[TeacherConfig]:
+    """Those whose features the configuration reads; where it reads none, all that have weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    stored = [teacher for teacher in config.teachers if config.is_stored(teacher) and teacher.checkpoint is not None]
+    found = stored or [teacher for teacher in config.teachers if teacher.checkpoint is not None]
+    if not found:
+        raise ConfigError("teachers: none has a checkpoint, so there is nothing to extract from; name one")
+    return found
+
+
+def show_plan(teacher: str, store: Path, plan: Plan, processes: int) -> None:
+    """Images, bytes and time, before anything is written."""
+    seconds = plan.missing * plan.seconds_per_image / processes
+    lines = [
+        f"{teacher} -> {store}",
+        f"  images      {plan.images}, {plan.missing} to compute",
+        f"  disk        {readable(plan.bytes_per_image)} an image, {readable(plan.bytes_missing)} in all, "
+        f"{readable(plan.bytes_free)} free",
+        f"  time        about {_duration(seconds)} ({plan.seconds_per_image:.3g} s an image, {processes} at once)",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 1.5 else f"{seconds:.0f} s"
