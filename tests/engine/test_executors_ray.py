@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from samlet.engine import executors_ray
 from samlet.engine.executors import run_local, run_ray
 from samlet.errors import SamletError
 from tests.engine.drawn_shards import DrawnWork, computed, content, written_job
@@ -22,14 +22,19 @@ def test_without_ray_one_sentence_says_what_to_install(tmp_path: Path, monkeypat
         run_ray(job, DrawnWork)
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[dict[str, bytes]]:
-    """What one process makes of twelve images."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One for all tests: Ray takes long to start."""
     pytest.importorskip("ray.data")
+    with executors_ray._cluster(4):
+        yield
+
+
+@pytest.fixture
+def alone(cluster: None, tmp_path: Path) -> dict[str, bytes]:
+    """What one process makes of twelve images."""
     assert run_local(written_job(tmp_path / "alone"), DrawnWork) == 0
-    handler = signal.getsignal(signal.SIGTERM)
-    yield content(tmp_path / "alone")
-    assert signal.getsignal(signal.SIGTERM) is handler
+    return content(tmp_path / "alone")
 
 
 def ray_run(job: str) -> int:
@@ -56,7 +61,7 @@ def test_an_actor_that_is_killed_is_restarted(alone: dict[str, bytes], tmp_path:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("cluster")
 def test_what_ends_a_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SamletError, match=r"^1/1\.jpg: cannot be read; mend or remove it$"):
         ray_run(written_job(tmp_path / "error", error="1/1"))

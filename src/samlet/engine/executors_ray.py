@@ -117,9 +117,12 @@ def _rows(
 
 @contextmanager
 def _cluster(cpus: int) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, or one of our own; no dashboard, which lets anybody in who reaches it."""
+    """The cluster we are in, or that RAY_ADDRESS names, or our own; no dashboard: it lets anybody in who reaches it."""
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=True, logging_level="WARNING")
