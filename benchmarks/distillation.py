@@ -34,7 +34,6 @@ OWN_STUDENT: dict[str, tuple[str, ...]] = {
         "dataset.objects_per_image=8",
         "training.max_steps=400",
         "validation.every_steps=400",
-        "distillation.dense_mask_logits.w_dice=0.2",
     ),
 }
 """What a data set needs besides: an image of nuclei has 28 of them, the median is 10 pixels wide at 256."""

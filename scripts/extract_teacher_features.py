@@ -1,7 +1,7 @@
-"""Compute a teacher's features ahead of time, by the flags of the distillation guide; `samlet extract CONFIG` is the same.
+"""Compute a teacher's features ahead of time, by the flags of the distillation guide; `samlet extract` is the same.
 
-    python scripts/extract_teacher_features.py --teacher_name SAM_vitH --teacher_cfg configs/sam_vith.yaml \
-        --teacher_ckpt weights/sam_vit_h_4b8939.pth --dataset_base_dir datasets \
+    python scripts/extract_teacher_features.py --teacher_name SAM_vitH --teacher_cfg configs/sam_vith.yaml
+        --teacher_ckpt weights/sam_vit_h_4b8939.pth --dataset_base_dir datasets
         --output_base_dir precomputed/SAM_vitH --splits train val --fp16
 
 The configuration says which features (terms and their taps), input size and augmentation; the flags say the rest.
