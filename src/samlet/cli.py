@@ -92,6 +92,27 @@ def train(
     raise typer.Exit(train(checked))
 
 
+@app.command(epilog="Example: samlet extract my.yaml extraction.dtype=int8 --processes 2")
+def extract(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, laid over the file.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="At work at once; the GPUs are shared out.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each process; equal threads give equal bytes.")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Who starts the processes.")] = "local",
+    store: Annotated[
+        Path | None, typer.Option(help="The folder of a single teacher's store, where it is not called by its name.")
+    ] = None,
+) -> None:
+    """Compute the teachers' features ahead of time; the same command goes on, and repairs what has gone stale."""
+    from samlet.config import RunConfig
+    from samlet.schema import load_config
+
+    checked = load_config(RunConfig, config, overrides or ())
+    from samlet.recipes.extract import extract
+
+    raise typer.Exit(extract(checked, engine=engine, processes=processes, threads=threads, store=store))
+
+
 @app.command(epilog="Example: samlet doctor my.yaml dataset.root=my_images/ --json")
 def doctor(
     config: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
@@ -254,3 +275,55 @@ def schema(
         sys.stdout.write(text)
     else:
         write_text(out, text)
+
+
+stores = typer.Typer(help="Look after stored teacher features.", no_args_is_help=True)
+app.add_typer(stores, name="store")
+StorePath = Annotated[Path, typer.Argument(help="The store: a folder with manifest.json.")]
+
+
+@stores.command("info", epilog="Example: samlet store info stores/SAM-H")
+def store_info(path: StorePath) -> None:
+    """Say of what a store's features are, and how far each split is."""
+    from samlet.recipes.store import info
+
+    raise typer.Exit(info(path))
+
+
+@stores.command("verify", epilog="Example: samlet store verify stores/SAM-H --repair")
+def store_verify(
+    path: StorePath,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Drop what is damaged, so that extracting again computes it; nobody else may be writing."
+        ),
+    ] = False,
+) -> None:
+    """Look at every byte of a store; exit 2 if anything is wrong or unfinished."""
+    from samlet.recipes.store import verify
+
+    raise typer.Exit(verify(path, repair_it=repair))
+
+
+@stores.command("convert", epilog="Example: samlet store convert stores/SAM-H stores/small --dtype int8 --pack")
+def store_convert(
+    path: StorePath,
+    out: Annotated[Path, typer.Argument(help="Folder of the new store.")],
+    dtype: Annotated[
+        Literal["fp32", "fp16", "int8"] | None, typer.Option(help="Coarser than before, or the same.")
+    ] = None,
+    pack: Annotated[bool | None, typer.Option("--pack/--no-pack", help="One file a shard, or .npy files.")] = None,
+) -> None:
+    """Write a store anew in another dtype or form; the same command goes on where it was stopped."""
+    from samlet.recipes.store import convert
+
+    raise typer.Exit(convert(path, out, dtype=dtype, pack=pack))
+
+
+@stores.command("du", epilog="Example: samlet store du stores/SAM-H")
+def store_du(path: StorePath) -> None:
+    """Say what a store takes on disk, by split and feature."""
+    from samlet.recipes.store import du
+
+    raise typer.Exit(du(path))

@@ -85,12 +85,15 @@ class TeacherFacts(NamedTuple):
     sha256: str
 
 
-def job_of(config: RunConfig, teacher: TeacherConfig, store: Path) -> str:
-    """The work on one teacher's store as text, with absolute paths: it travels to other processes and machines."""
+def job_of(config: RunConfig, teacher: TeacherConfig, store: Path, shards: Sequence[ShardName] | None = None) -> str:
+    """The work on one teacher's store as text, with absolute paths: it travels to other processes and machines.
+
+    `shards` are those that a `Plan` found unfinished; None: all are looked at.
+    """
     plain = config.model_dump(mode="json", by_alias=True)
     plain["dataset"]["root"] = str(config.dataset.root.absolute())
     plain["teachers"] = [{**teacher.model_dump(mode="json"), "checkpoint": str(_weights(teacher).absolute())}]
-    return json.dumps({"config": plain, "store": str(store.absolute())})
+    return json.dumps({"config": plain, "store": str(store.absolute()), "shards": shards})
 
 
 def _weights(teacher: TeacherConfig) -> Path:
@@ -128,11 +131,9 @@ class Extractor:
         precision = None if teacher.precision is None else PRECISIONS[teacher.precision]
         self.teacher = LiveTeacher(teacher.name, sam, self.identity.taps, precision=precision)
         self.batch_size = self.settings.batch_size if cuda else 1  # one by one, a CPU's result depends on no neighbour
-
-    @property
-    def shards(self) -> tuple[ShardName, ...]:
-        """All pieces of the job, in order."""
-        return tuple(ShardName(split, number) for split in self.splits for number in range(self.identity.shards))
+        every = [ShardName(split, number) for split in self.splits for number in range(self.identity.shards)]
+        asked = given["shards"]
+        self.shards = tuple(every if asked is None else [ShardName(*shard) for shard in asked])
 
     def wanted(self, split: str) -> tuple[Wanted, ...]:
         """Every image-variant of a split, sorted."""
@@ -143,10 +144,10 @@ class Extractor:
 
     @cached_property
     def _by_shard(self) -> dict[ShardName, list[Wanted]]:
-        found: dict[ShardName, list[Wanted]] = {name: [] for name in self.shards}
+        found: dict[ShardName, list[Wanted]] = {}
         for split in self.splits:
             for item in self.wanted(split):
-                found[ShardName(split, shard_of(item.image_id, self.identity))].append(item)
+                found.setdefault(ShardName(split, shard_of(item.image_id, self.identity)), []).append(item)
         return found
 
     def missing(self, shard: ShardName) -> list[Wanted]:
@@ -160,12 +161,15 @@ class Extractor:
                 return False
             return entry.variation == data.variation(item.key)
 
-        return [item for item in self._by_shard[shard] if not is_there(item)]
+        return [item for item in self._by_shard.get(shard, ()) if not is_there(item)]
+
+    def is_written(self, shard: ShardName) -> bool:
+        """Whether a shard's manifest is there, in the form that is asked for."""
+        return Shard(self.store, shard.split, shard.number, self.identity).is_finished(pack=self.settings.pack)
 
     def is_finished(self, shard: ShardName) -> bool:
         """Whether nothing of a shard is left to do."""
-        place = Shard(self.store, shard.split, shard.number, self.identity)
-        return place.finished and not self.missing(shard)
+        return self.is_written(shard) and not self.missing(shard)
 
     def extract(
         self, shard: ShardName, still_mine: Callable[[], None], advance: Callable[[int], None] = lambda _: None
@@ -179,7 +183,6 @@ class Extractor:
         """
         place, data = Shard(self.store, shard.split, shard.number, self.identity), self.splits[shard.split]
         missing, skipped = self.missing(shard), list[str]()
-        advance(len(self._by_shard[shard]) - len(missing))
 
         def read(item: Wanted) -> tuple[Wanted, Picture, str] | None:
             try:
@@ -387,6 +390,7 @@ class Plan(NamedTuple):
 
     images: int  # image-variants that the store should hold
     missing: int  # of them
+    unfinished: tuple[ShardName, ...]
     bytes_per_image: int
     bytes_free: int  # where the store lies
     seconds_per_image: float  # of the network, measured on one
@@ -415,7 +419,8 @@ def plan_of(extractor: Extractor) -> Plan:
     Raises:
         DataError: no image can be read.
     """
-    missing = sum(len(extractor.missing(shard)) for shard in extractor.shards)
+    missing = {shard: len(extractor.missing(shard)) for shard in extractor.shards}
+    unfinished = tuple(shard for shard in extractor.shards if missing[shard] or not extractor.is_written(shard))
     pixels = extractor.any_pixels()[None]
     extractor.encode(pixels)  # the first time is not like the others
     start = time.perf_counter()
@@ -424,4 +429,4 @@ def plan_of(extractor: Extractor) -> Plan:
     shapes = {name: tuple(value.shape[1:]) for name, value in features.items()}
     images = sum(len(extractor.wanted(split)) for split in extractor.splits)
     size = bytes_per_image(extractor.identity, shapes)
-    return Plan(images, missing, size, shutil.disk_usage(extractor.store).free, seconds)
+    return Plan(images, sum(missing.values()), unfinished, size, shutil.disk_usage(extractor.store).free, seconds)

@@ -82,7 +82,9 @@ def test_a_signal_between_two_micro_batches_waits_for_the_step(scenes: Path, tmp
     place, _ = checkpoint.newest_valid(tmp_path / "stopped" / "checkpoints")
     assert place is not None
     assert read_manifest(place)["step"] == 2
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["outcome"] == "stopped by signal 15 at step 2"
     assert train(stopped) == 0
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["outcome"] == "finished"
     for name in ("student.safetensors", "metrics.jsonl"):
         assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.utils import gather_object
+
+from samlet.errors import SamletError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
 Item = TypeVar("Item")
+LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")  # a process is gone
 
 
 def total(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -51,3 +55,21 @@ def restore_random_state(states: Mapping[str, Tensor], accelerator: Accelerator)
         torch.set_rng_state(states[f"cpu.{rank}"])
     if f"cuda.{rank}" in states and accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda.{rank}"], accelerator.device)
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """One sentence where another process of the run is gone.
+
+    Raises:
+        SamletError: the connection to it broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not any(word in str(error) for word in LOST):
+            raise
+        raise SamletError(
+            "another process of this run has ended; what it said says why. The last checkpoint is whole: start the "
+            "same command again"
+        ) from error

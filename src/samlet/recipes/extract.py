@@ -40,14 +40,15 @@ def extract(
         SamletError: something it was given cannot be used, or the disk is too small; what was stored stays.
     """
     for teacher in teachers_to_extract(config):
-        job = job_of(config, teacher, store or config.store_of(teacher))
-        extractor = Extractor(job)
+        place = store or config.store_of(teacher)
+        extractor = Extractor(job_of(config, teacher, place))
         plan = plan_of(extractor)
         show_plan(teacher.name, extractor.store, plan, processes)
         plan.refuse_full_disk(extractor.store)
         del extractor  # the workers hold their own
         run = run_ray if engine == "ray" else run_local
-        code = run(job, Extractor, processes, threads)
+        job = job_of(config, teacher, place, plan.unfinished)
+        code = run(job, Extractor, processes, threads, images=plan.missing)
         if code:
             return code
     return 0

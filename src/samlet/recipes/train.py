@@ -28,7 +28,7 @@ from samlet.engine.finite import broken_terms, leave_out
 from samlet.engine.judgement import begin_next_stage, judge, lambda_at
 from samlet.engine.memory import keep_freed_memory, peak_memory, readable
 from samlet.engine.parts import set_trainable, set_weight_decay
-from samlet.engine.processes import agreed, gather_random_states, gathered, total
+from samlet.engine.processes import agreed, gather_random_states, gathered, together, total
 from samlet.engine.progress import StepProgress, shown_terms
 from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
@@ -51,7 +51,7 @@ def train(config: RunConfig) -> int:
         keep_freed_memory()
     folder = RunDir(config.output_dir)
     alone = folder.locked() if accelerator.is_main_process else nullcontext()
-    with alone, listen_for_stop() as stop:
+    with alone, together(accelerator), listen_for_stop() as stop:
         try:
             run = set_up(config, accelerator, folder)
             if not run.state.finished:
@@ -61,6 +61,8 @@ def train(config: RunConfig) -> int:
                 finish(run)
             if config.logging.curves and accelerator.is_main_process and folder.metrics.exists():
                 plot_curves(folder.metrics, folder.curves)
+            if accelerator.is_main_process and not run.state.finished:
+                folder.update_facts(outcome=f"stopped by signal {stop.signal} at step {run.state.step}")
         finally:
             folder.close()
     return 0 if run.state.finished else stop.exit_code

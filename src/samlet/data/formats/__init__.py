@@ -84,7 +84,8 @@ def read_split(root: Path, split: str | None, format: FormatName = "auto") -> Fo
         return load_format(format).read(place, root)
     seen = tuple(name for name in FORMATS if load_format(name).matches(place))
     if not seen and (place.is_file() or not _holds_a_split(place)):
-        raise DataError(f"{place}: there is no such folder; name the split's folder or annotation file")
+        what = "holds no annotations that samlet reads" if place.is_file() else "there is no such folder"
+        raise DataError(f"{place}: {what}; name the split's folder or annotation file")
     found = load_format(seen[0] if seen else "mask_folders").read(place, root)
     found.also_seen = seen[1:]
     return found
