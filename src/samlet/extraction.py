@@ -347,7 +347,7 @@ def identity_of(
         precision=teacher.precision or config.training.precision,
         taps=taps_of(config) if taps is None else taps,
         dtype=config.extraction.dtype,
-        preprocessing=PREPROCESSING,
+        preprocessing=PREPROCESSING + (", scaled decode" if config.dataset.scaled_decode else ""),
         augmentation=_variation_of(augmentation, config.seed),
         variants=(augmentation.variants or 1) if augmentation.enable else 1,
         outputs=None,

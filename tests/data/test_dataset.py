@@ -21,6 +21,7 @@ from samlet.errors import DataError
 from samlet.frames import preprocess
 from samlet.types import Sample
 from tests.data.builders import config, disc, picture, save, write_small, write_split
+from tests.data.test_images import photograph
 
 PLAIN = AugmentationConfig(enable=False)
 
@@ -307,3 +308,49 @@ def test_labelled_images_may_come_more_often(tmp_path: Path) -> None:
     config = DatasetConfig(root=tmp_path, labelled_fraction=0.2, labelled_repeat=4, unlabelled="use")
     ids = config.build_train(image_size=64, seed=0, prompts=PromptConfig(), augmentation=AugmentationConfig()).image_ids
     assert sorted(ids.count(name) for name in set(ids)) == [1] * 8 + [4] * 2
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Three JPEGs, two of them large (one lying on its side) and one small, each with a mask of its bright square."""
+    for name, size, orientation in (("large", (403, 601), 1), ("lying", (601, 403), 6), ("small", (80, 120), 1)):
+        photograph(tmp_path / "train" / "images" / f"{name}.jpg", size, orientation)
+        mask = np.zeros(size, np.bool_)
+        mask[size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = True
+        save(mask, tmp_path / "train" / "masks" / f"{name}.png")
+    return tmp_path
+
+
+def test_large_jpegs_may_be_decoded_smaller_and_masks_still_lie_on_the_object(photographs: Path) -> None:
+    wild = AugmentationConfig(
+        scale=(0.8, 1.2), crop=0.2, vertical_flip=0.5, brightness=0, contrast=0, saturation=0, horizontal_flip=0.5
+    )
+    for augmentation in (PLAIN, wild):
+        full, scaled = (
+            build(config(photographs, val_fraction=0.01, scaled_decode=asked), augmentation) for asked in (False, True)
+        )
+        for index, name in enumerate(full.image_ids):
+            for epoch in range(4):
+                one, other = full[SampleKey(epoch, index)], scaled[SampleKey(epoch, index)]
+                assert torch.equal(one.masks, other.masks)
+                assert torch.equal(one.prompts.point_coords, other.prompts.point_coords)
+                assert one.input_size == other.input_size
+                assert full.variation(SampleKey(epoch, index)) == scaled.picture(SampleKey(epoch, index)).variation
+                difference = (one.pixels - other.pixels).abs() * 57  # in grey levels, about
+                assert bool(difference.any()) == (name != "small")
+                assert difference.mean() < 1
+                assert difference.max() < 60  # at the square's edges; 190 is its height
+                height, width = other.input_size
+                bright = (other.pixels[2, :height, :width] * 57.375 + 103.53) > 125
+                inside = one.masks[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width]
+                assert (_middle(bright.float()) - _middle(inside)).abs().max() < 1
+
+
+def _middle(weights: torch.Tensor) -> torch.Tensor:
+    sums = [weights.sum(dim) for dim in (0, 1)]
+    return torch.stack([(torch.arange(len(found)) + 0.5) @ found for found in sums]) / weights.sum()
+
+
+def test_validation_never_decodes_smaller(photographs: Path) -> None:
+    settings = config(photographs, val_fraction=0.9, scaled_decode=True)
+    assert {item.image.shape[:2] for item in settings.build_val(seed=0)} <= {(403, 601), (601, 403), (80, 120)}

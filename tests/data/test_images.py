@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samlet.data.images import contained, probe_image, read_image
+from samlet.data.images import contained, probe_image, read_image, read_picture
 from samlet.errors import DataError
 from tests.data.builders import picture, save
 
@@ -62,6 +62,50 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     read = read_image(path)
     assert probe_image(path).size == (48, 64) == read.shape[:2]
     assert np.abs(read.astype(int) - upright).mean() < 3
+
+
+def photograph(path: Path, size: tuple[int, int], orientation: int = 1) -> Path:
+    """A JPEG of smooth colours with a bright square at (0.25..0.5, 0.25..0.5) of its upright frame."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([40 * rows / height, 60 * columns / width, np.full(size, 30.0)], axis=-1).astype(np.uint8)
+    pixels[height // 4 : height // 2, width // 4 : width // 2] = 220
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # transpose that PIL must undo again
+    stored = Image.fromarray(pixels)
+    if orientation in undo:
+        stored = stored.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored.save(path, "JPEG", exif=exif, quality=95, subsampling=0)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_smaller_decode_knows_where_the_original_lies(tmp_path: Path, orientation: int) -> None:
+    size = (203, 301)  # no multiple of anything, so that the last pixels are covered in part
+    path = photograph(tmp_path / "x.jpg", size, orientation)
+    for longest, times in ((38, 4), (37, 8), (60, 4), (151, 1), (150, 2), (1000, 1)):
+        picture = read_picture(path, longest)
+        assert picture.size == size
+        assert picture.pixels.shape[:2] == (-(-size[0] // times), -(-size[1] // times))
+        x0, y0, x1, y1 = picture.place((75, 50, 150, 101))  # the square
+        bright = picture.pixels.astype(float)[..., 2].clip(60, 190) - 60
+        middle = [(bright.sum(axis=axis) @ (np.arange(bright.shape[1 - axis]) + 0.5)) / bright.sum() for axis in (0, 1)]
+        assert middle == pytest.approx([(x0 + x1) / 2, (y0 + y1) / 2], abs=0.2)
+        assert (x1 - x0) * times == pytest.approx(75)
+        assert min(picture.extent) >= 0
+    assert np.array_equal(read_picture(path, 151).pixels, read_image(path))
+
+
+def test_only_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
+    for name in ("a.png", "a.tif", "a.bmp", "a.webp"):
+        path = save(picture((48, 640)), tmp_path / name)
+        found = read_picture(path, 8)
+        assert found.size == found.pixels.shape[:2] == (48, 640)
+        assert found.place((0.3, 1.7, 640, 48)) == (0.3, 1.7, 640, 48)
+    strip = photograph(tmp_path / "strip.jpg", (5, 4000))
+    assert read_picture(strip, 64).pixels.shape == (2, 1000, 3)  # at least one pixel, and no more than asked for
 
 
 def _png_header(width: int, height: int) -> bytes:

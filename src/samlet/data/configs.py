@@ -121,6 +121,8 @@ class DatasetConfig(StrictModel):
     """Times that each labelled image comes in an epoch; above 1 keeps a few of them from drowning among the others."""
     broken: Literal["refuse", "skip"] = "refuse"
     """Files that cannot be read or used: stop with their path, or take another and report the path."""
+    scaled_decode: bool = False
+    """Decode large JPEGs for training at 1/2, 1/4 or 1/8 of their size where augmentation enlarges no pixel of that."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """Left-out labels without leave to use unlabelled images."""
@@ -149,6 +151,7 @@ class DatasetConfig(StrictModel):
             min_area=self.min_area,
             broken=self.broken,
             problems=split.problems,
+            scaled_decode=self.scaled_decode,
         )
 
     def build_val(self, *, seed: int) -> ValidationSet:

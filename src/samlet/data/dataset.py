@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from samlet.data.images import probe_image, read_image
+from samlet.data.images import Decoded, probe_image, read_image, read_picture
 from samlet.data.masks import centre_point, mask_box
 from samlet.data.prompts import PromptRow, PromptSettings, draw_blind_prompt, draw_prompt
 from samlet.data.records import ObjectMasks, Problem, Record, read_masks
@@ -72,6 +73,7 @@ class SegmentationDataset(Dataset[Sample]):
         min_area: fewest visible pixels in the input frame of an object that is drawn.
         broken: what to do where a file cannot be used.
         problems: what was wrong with files that are not among the records.
+        scaled_decode: whether large JPEGs are decoded no larger than they are needed.
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class SegmentationDataset(Dataset[Sample]):
         min_area: int = 9,
         broken: Policy = "refuse",
         problems: Sequence[Problem] = (),
+        scaled_decode: bool = False,
     ) -> None:
-        self.records, self.problems = tuple(records), tuple(problems)
+        self.records, self.problems, self.scaled_decode = tuple(records), tuple(problems), scaled_decode
         self.image_size, self.seed = image_size, seed
         self.prompts = PromptSettings() if prompts is None else prompts
         self.augmentation = Augmentation() if augmentation is None else augmentation
@@ -159,8 +162,8 @@ class SegmentationDataset(Dataset[Sample]):
         Raises:
             DataError: a file cannot be used.
         """
-        image = read_image(self.records[key.index].image_path)
-        geometry, colour = self._settled(key, (image.shape[0], image.shape[1]))
+        image = self._decoded(key)
+        geometry, colour = self._settled(key, image.size)
         return self._pictured(image, geometry, colour)
 
     def variation(self, key: SampleKey) -> str:
@@ -172,11 +175,9 @@ class SegmentationDataset(Dataset[Sample]):
         return self._variation(*self._settled(key, probe_image(self.records[key.index].image_path).size))
 
     def _sample(self, key: SampleKey, skipped: list[str]) -> Sample:
-        record = self.records[key.index]
-        image = read_image(record.image_path)
-        size = (image.shape[0], image.shape[1])
-        geometry, colour = self._drawn(key, size)
-        geometry, objects = self._framed(key, size, geometry, skipped)
+        record, image = self.records[key.index], self._decoded(key)
+        geometry, colour = self._drawn(key, image.size)
+        geometry, objects = self._framed(key, image.size, geometry, skipped)
         picture = self._pictured(image, geometry, colour)
         rows = self._rows(objects, geometry, key)
         grids = [coverage(mask, self.image_size) for _, mask in objects]
@@ -222,8 +223,15 @@ class SegmentationDataset(Dataset[Sample]):
             geometry, _ = self._framed(key, size, geometry, [])
         return geometry, colour
 
-    def _pictured(self, image: UInt8[np.ndarray, "H W 3"], geometry: Geometry, colour: Colour) -> Picture:
-        resized = change_colour(transform_image(image, geometry), colour)
+    def _decoded(self, key: SampleKey) -> Decoded:
+        """An image as large as the widest crop and the largest scale need it; one size for all draws."""
+        enlarged = max(1.0, self.augmentation.scale[1]) / (1 - self.augmentation.crop)
+        longest = self.image_size * enlarged if self.scaled_decode else math.inf
+        return read_picture(self.records[key.index].image_path, longest)
+
+    def _pictured(self, image: Decoded, geometry: Geometry, colour: Colour) -> Picture:
+        placed = geometry._replace(window=image.place(geometry.window))
+        resized = change_colour(transform_image(image.pixels, placed), colour)
         pixels = normalize_and_pad(resized, self.image_size)
         return Picture(pixels, geometry.size, self._variation(geometry, colour))
 

@@ -6,6 +6,7 @@ picture that is far larger on the screen than on disk. OpenCV hands out half-gre
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -37,6 +38,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_MIRRORS_X, _MIRRORS_Y = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})  # turns after which an axis runs backwards
+_SWAPS = frozenset({5, 6, 7, 8})  # turns that lay a picture on its side
+_REDUCTIONS = (8, 4, 2)  # that libjpeg can decode at
 # What PIL's decoders raise on damaged bytes; they have no common ancestor of their own.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
            MemoryError, struct.error, zlib.error)  # fmt: skip
@@ -49,6 +53,21 @@ class ImageInfo(NamedTuple):
     format: str
     mode: str
     turned: bool  # EXIF asks for a rotation or a mirroring
+
+
+class Decoded(NamedTuple):
+    """An image, upright; a large JPEG perhaps decoded smaller than it is."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    size: tuple[int, int]  # (H, W) of the original frame
+    extent: tuple[float, float, float, float]  # (x0, y0, x1, y1) of the original frame in `pixels`
+
+    def place(self, window: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """A window (x0, y0, x1, y1) of the original frame in `pixels`."""
+        (height, width), (left, top, right, bottom) = self.size, self.extent
+        across, down = (right - left) / width, (bottom - top) / height
+        x0, y0, x1, y1 = window
+        return left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down
 
 
 def is_image_name(path: Path) -> bool:
@@ -166,11 +185,35 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         DataError: missing, damaged, truncated, of a foreign format, animated, or a decompression bomb.
     """
+    return read_picture(path, math.inf).pixels
+
+
+def read_picture(path: Path, longest: float) -> Decoded:
+    """An image file; a JPEG at 1/2, 1/4 or 1/8 of its size where its longest side then still has `longest` pixels.
+
+    Raises:
+        DataError: as `read_image`.
+    """
     with _opened(path, "image") as image:
         orientation = _orientation(image)
+        size = image.size
+        reduction = _reduce(image, longest)
         _load(image, path)
         rgb = to_rgb(image, path)
-        return np.array(rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb)
+        upright = rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+        width, height = reversed(size) if orientation in _SWAPS else size
+        x0 = upright.width - width / reduction if orientation in _MIRRORS_X else 0.0
+        y0 = upright.height - height / reduction if orientation in _MIRRORS_Y else 0.0
+        extent = (x0, y0, x0 + width / reduction, y0 + height / reduction)
+        return Decoded(np.array(upright), (height, width), extent)
+
+
+def _reduce(image: Image.Image, longest: float) -> int:
+    """Have a JPEG decoded smaller, and how many times; its sides round up, the last pixel may be covered in part."""
+    most = next((times for times in _REDUCTIONS if max(image.size) >= times * longest), 1)
+    width, height = image.size
+    drafted = image.draft(None, (max(1, width // most), max(1, height // most))) if most > 1 else None
+    return 1 if drafted is None else round(width / drafted[1][2])
 
 
 def probe_image(path: Path) -> ImageInfo:
@@ -181,7 +224,7 @@ def probe_image(path: Path) -> ImageInfo:
     """
     with _opened(path, "image") as image:
         orientation = _orientation(image)
-        height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+        height, width = image.size if orientation in _SWAPS else reversed(image.size)
         return ImageInfo((height, width), image.format or "?", image.mode, orientation in _TURNS)
 
 
