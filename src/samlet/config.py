@@ -200,6 +200,7 @@ class RunConfig(StrictModel):
                 yield ("teachers", index, "checkpoint"), "is null, and this teacher runs online; give its weights"
         if not stored:
             return
+        yield from self._answer_mistakes()
         if self.distillation.precomputed_root is None:
             yield ("distillation", "precomputed_root"), "is null; give the folder that `samlet extract` wrote into"
         if self.augmentation.moves_images and self.augmentation.variants is None:
@@ -213,6 +214,34 @@ class RunConfig(StrictModel):
                 ("distillation", "attention_matching", "encoder"),
                 "is read at places that each step draws anew, which no store can hold: leave it empty (the decoder's "
                 "attention works), or let the teacher run online",
+            )
+
+    def _answer_mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What stored answers of the decoder cannot be used for."""
+        distillation, extraction = self.distillation, self.extraction
+        if not extraction.decoder_outputs:
+            return
+        if not self.prompts.fixed:
+            yield (
+                ("prompts", "fixed"),
+                "is false, and extraction.decoder_outputs holds answers to fixed prompts; set it",
+            )
+        if self.prompts.correction_rounds:
+            yield (
+                ("prompts", "correction_rounds"),
+                "asks new prompts, to which a store has no answer; set it to 0, or extraction.decoder_outputs to false",
+            )
+        if distillation.attention_matching.enable:
+            yield (
+                ("distillation", "attention_matching", "enable"),
+                "compares maps that depend on which prompts stand together; disable it, or extraction.decoder_outputs",
+            )
+        judged = distillation.team != "static" or distillation.trust != "constant" or len(self.teachers) > 1
+        if not extraction.dense_mask_logits and (distillation.dense_mask_logits.enable or judged):
+            yield (
+                ("extraction", "dense_mask_logits"),
+                "is false, and the teachers' masks are compared; set it, or leave out distillation.dense_mask_logits, "
+                "team, trust and second teachers",
             )
 
     def _stage_mistakes(self) -> Iterable[tuple[Loc, str]]:

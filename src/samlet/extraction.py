@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -20,46 +20,36 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-import samlet
 from samlet.artefacts import sha256_of
 from samlet.config import RunConfig
-from samlet.data.dataset import Picture, SegmentationDataset
+from samlet.data.dataset import Picture, Prompted, SegmentationDataset
 from samlet.data.sampler import SampleKey
-from samlet.distill.objectives import build_objectives
+from samlet.distill.frames import prompts_at
 from samlet.distill.store import (
-    Identity,
     Shard,
-    StoreReader,
     bytes_per_image,
     open_store,
-    read_identity,
-    refuse_stale,
     shard_of,
 )
-from samlet.distill.stored import EMBEDDING, StoredFeatures
+from samlet.distill.stored import EMBEDDING, answers_of
 from samlet.distill.teacher import LiveTeacher
 from samlet.engine.device import memory_format, place
 from samlet.engine.memory import readable
-from samlet.engine.progress import image_bar
 from samlet.errors import ConfigError, DataError, SamletError
-from samlet.frames import PREPROCESSING
 from samlet.models import load_sam
-from samlet.models.checkpoints import digest_of, plain_state
 from samlet.models.decoder_file import save_decoder
+from samlet.stores import decoder_taps_of, facts_of, identity_of
+from samlet.types import ImageFeatures
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from samlet.data.configs import AugmentationConfig
-    from samlet.data.records import Record
     from samlet.distill.configs import TeacherConfig
-    from samlet.models.sam import Sam
 
 T = TypeVar("T")
 R = TypeVar("R")
-COMMAND = "samlet extract with this configuration"
-HASHING_THREADS = 4
+IMAGES_TO_COUNT_ON = 32  # objects of an image, for the plan
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,11 +68,13 @@ class Wanted(NamedTuple):
     key: SampleKey  # where its pixels come from
 
 
-class TeacherFacts(NamedTuple):
-    """What a store's identity says of a teacher's weights."""
+class Seen(NamedTuple):
+    """An image-variant that was read and is to be looked at."""
 
-    kind: str
-    sha256: str
+    item: Wanted
+    image_sha256: str
+    picture: Picture
+    prompted: Prompted | None  # where the decoder's answers are stored, too
 
 
 def job_of(config: RunConfig, teacher: TeacherConfig, store: Path, shards: Sequence[ShardName] | None = None) -> str:
@@ -129,7 +121,8 @@ class Extractor:
         if training.compile:
             sam.image_encoder.compile()
         precision = None if teacher.precision is None else PRECISIONS[teacher.precision]
-        self.teacher = LiveTeacher(teacher.name, sam, self.identity.taps, precision=precision)
+        answers = decoder_taps_of(self.config) if self.identity.outputs else ()
+        self.teacher = LiveTeacher(teacher.name, sam, self.identity.taps, answers, precision=precision)
         self.batch_size = self.settings.batch_size if cuda else 1  # one by one, a CPU's result depends on no neighbour
         every = [ShardName(split, number) for split in self.splits for number in range(self.identity.shards)]
         asked = given["shards"]
@@ -184,29 +177,31 @@ class Extractor:
         place, data = Shard(self.store, shard.split, shard.number, self.identity), self.splits[shard.split]
         missing, skipped = self.missing(shard), list[str]()
 
-        def read(item: Wanted) -> tuple[Wanted, Picture, str] | None:
+        def read(item: Wanted) -> Seen | None:
             try:
-                return item, data.picture(item.key), sha256_of(data.records[item.key.index].image_path)
+                image_sha256 = sha256_of(data.records[item.key.index].image_path)
+                if self.identity.outputs is None:
+                    return Seen(item, image_sha256, data.picture(item.key), None)
+                prompted = data.prompted(item.key)
+                return Seen(item, image_sha256, prompted.picture, prompted)
             except DataError as error:
                 if data.broken == "refuse":
                     raise
                 skipped.append(str(error))
                 return None
 
-        def write(items: Sequence[tuple[Wanted, Picture, str]], features: dict[str, Tensor]) -> None:
-            arrays = {name: value.float().cpu().numpy() for name, value in features.items()}
-            for row, (item, picture, image_sha256) in enumerate(items):
+        def write(group: Sequence[Seen], features: Sequence[dict[str, Tensor]]) -> None:
+            for seen, values in zip(group, features, strict=True):
+                arrays = {name: value.float().cpu().numpy() for name, value in values.items()}
                 still_mine()
-                own = {name: value[row] for name, value in arrays.items()}
-                place.add(item.image_id, item.variant, picture.variation, image_sha256, own)
+                place.add(seen.item.image_id, seen.item.variant, seen.picture.variation, seen.image_sha256, arrays)
                 advance(1)
 
         with ThreadPoolExecutor(self.settings.workers) as readers, ThreadPoolExecutor(1) as writer:
             writing: deque[Future[None]] = deque()
             ready = _ahead(readers, read, missing, self.settings.workers + self.batch_size)
             for group in _groups(ready, self.batch_size):
-                features = self.encode(torch.stack([picture.pixels for _, picture, _ in group]))
-                writing.append(writer.submit(write, group, features))
+                writing.append(writer.submit(write, group, self.look(group)))
                 if len(writing) > 2:  # let no more than that wait in memory
                     writing.popleft().result()
             for last in writing:
@@ -214,6 +209,18 @@ class Extractor:
         still_mine()
         place.finish(pack=self.settings.pack)
         return skipped
+
+    def shapes_of_answers(self) -> dict[str, tuple[int, ...]]:
+        """Of the decoder's answers to the first images, in the mean; empty where none are stored."""
+        if self.identity.outputs is None:
+            return {}
+        (split, data), *_ = self.splits.items()
+        prompted = [data.prompted(item.key) for item in self.wanted(split)[:IMAGES_TO_COUNT_ON]]
+        count = math.ceil(sum(max(one.objects) + 1 for one in prompted) / len(prompted))
+        grid = self.teacher.image_size // 16
+        embedding = torch.zeros(256, grid, grid, device=self.device)
+        rows = self._answers(embedding, prompted[0])
+        return {name: (count, *value.shape[1:]) for name, value in rows.items()}
 
     def any_pixels(self) -> Float[Tensor, "3 S S"]:
         """An image of the job.
@@ -232,14 +239,34 @@ class Extractor:
                     reasons.append(str(error))
         raise DataError(f"no image can be read; the first: {reasons[0]}")
 
+    def look(self, group: Sequence[Seen]) -> list[dict[str, Tensor]]:
+        """Everything that the store keeps of some images, as a run's teacher would see and answer."""
+        features = self.encode(torch.stack([seen.picture.pixels for seen in group]))
+        found = []
+        for row, seen in enumerate(group):
+            own = {name: value[row] for name, value in features.items()}
+            found.append(own if seen.prompted is None else own | self._answers(own[EMBEDDING], seen.prompted))
+        return found
+
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> dict[str, Tensor]:
-        """Embedding and taps of some images, as a run's teacher would see them."""
-        kind = PRECISIONS[self.config.training.precision]
+        """Embedding and taps of some images."""
         placed = pixels.to(self.device, memory_format=memory_format(self.config.training), non_blocking=True)
-        with torch.autocast(self.device.type, dtype=kind, enabled=kind != torch.float32):
+        with self._autocast():
             features = self.teacher.encode_pixels(placed)
         return {EMBEDDING: features.embedding, **features.taps}
+
+    def _answers(self, embedding: Float[Tensor, "256 h w"], prompted: Prompted) -> dict[str, Tensor]:
+        moved = {name: value.to(self.device) for name, value in prompted.prompts._asdict().items() if value is not None}
+        prompts = prompted.prompts._replace(**moved)
+        own = prompts_at(prompts, self.identity.image_size, self.teacher.image_size)
+        with torch.no_grad(), self._autocast():
+            output = self.teacher.decode(ImageFeatures(embedding[None], {}), own)
+        return answers_of(output, prompts, prompted.objects, logits=self.settings.dense_mask_logits)
+
+    def _autocast(self) -> torch.autocast:
+        kind = PRECISIONS[self.config.training.precision]
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind != torch.float32)
 
 
 def pictures_of(config: RunConfig, split: str) -> SegmentationDataset:
@@ -256,117 +283,6 @@ def pictures_of(config: RunConfig, split: str) -> SegmentationDataset:
     if split == "train":
         return data
     return data.of_records(config.dataset.build_val(seed=config.seed).records).varied(data.prompts, plain.build())
-
-
-def stores_of(config: RunConfig, data: SegmentationDataset) -> dict[str, StoreReader]:
-    """The stores that a run reads, by teacher, once everything in them was found to be what the run needs.
-
-    Raises:
-        SamletError: there is none, it was made of something else, or images are missing from it or have changed.
-    """
-    readers: dict[str, StoreReader] = {}
-    stages = [stage for stage in config.resolved() if stage.distillation.enable]
-    for teacher in config.teachers if stages else ():
-        if not config.is_stored(teacher):
-            continue
-        root = config.store_of(teacher)
-        found = read_identity(root)
-        facts = TeacherFacts(found.teacher_kind, found.teacher_sha256)
-        if teacher.checkpoint is not None:
-            facts = facts_of(load_sam(teacher.checkpoint, image_size=teacher.image_size or config.model.image_size))
-        for stage in stages:
-            wanted = identity_of(stage, teacher, facts, taps=taps_of(config))
-            free = {name: getattr(found, name) for name in ("teacher", "dtype", "precision")}  # any will do
-            refuse_stale(root, wanted.model_copy(update=free), COMMAND)
-        readers[teacher.name] = StoreReader(root, "train")
-    if readers:
-        refuse_other_images(readers, data)
-    return readers
-
-
-def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDataset) -> None:
-    """Compare every image of a run with what its features were computed from.
-
-    Raises:
-        DataError: names the first image that is not in a store, or that has changed since.
-    """
-    records = {record.image_id: record for record in data.records}
-    with ThreadPoolExecutor(HASHING_THREADS) as pool, image_bar() as bar:
-        digests = pool.map(_digest, records.values())
-        for record, digest in zip(
-            records.values(), bar.track(digests, len(records), description="images"), strict=True
-        ):
-            if digest is None and data.broken == "skip":
-                continue
-            for reader in readers.values():
-                for variant in range(data.augmentation.variants or 1):
-                    entry = reader.entries.get((record.image_id, variant))
-                    if entry is None:
-                        raise DataError(f"{reader.root}: holds no features of {record.image_path}; run {COMMAND}")
-                    if entry.image_sha256 != digest:
-                        raise DataError(
-                            f"{record.image_path}: has changed since its features were computed in {reader.root}; "
-                            f"run {COMMAND}"
-                        )
-
-
-def _digest(record: Record) -> str | None:
-    try:
-        return sha256_of(record.image_path)
-    except OSError:  # training will say so, or take another image
-        return None
-
-
-def stored_features(config: RunConfig, readers: Mapping[str, StoreReader]) -> StoredFeatures:
-    """What looks a run's images up in its stores."""
-    names = (EMBEDDING, *taps_of(config))
-    return StoredFeatures(readers, dict.fromkeys(readers, names), COMMAND)
-
-
-def facts_of(sam: Sam) -> TeacherFacts:
-    """What tells one teacher's weights from another's, wherever they lie and however they were saved."""
-    return TeacherFacts(sam.kind, digest_of(plain_state(sam), sam.arch))
-
-
-def identity_of(
-    config: RunConfig,
-    teacher: TeacherConfig,
-    facts: TeacherFacts,
-    *,
-    taps: tuple[str, ...] | None = None,
-    images: int = 1,
-) -> Identity:
-    """Of what a store's features are, that this configuration needs of a teacher."""
-    augmentation = config.augmentation
-    return Identity(
-        teacher=teacher.name,
-        teacher_kind=facts.kind,
-        teacher_sha256=facts.sha256,
-        teacher_image_size=teacher.image_size or config.model.image_size,
-        image_size=config.model.image_size,
-        precision=teacher.precision or config.training.precision,
-        taps=taps_of(config) if taps is None else taps,
-        dtype=config.extraction.dtype,
-        preprocessing=PREPROCESSING + (", scaled decode" if config.dataset.scaled_decode else ""),
-        augmentation=_variation_of(augmentation, config.seed),
-        variants=(augmentation.variants or 1) if augmentation.enable else 1,
-        outputs=None,
-        shards=max(1, math.ceil(images / config.extraction.images_per_shard)),
-        samlet=samlet.__version__,
-    )
-
-
-def taps_of(config: RunConfig) -> tuple[str, ...]:
-    """The teachers' encoder taps that any stage compares."""
-    stages = [build_objectives(stage.distillation) for stage in config.resolved()]
-    return tuple(sorted({tap for objectives in stages for objective in objectives for tap in objective.teacher_taps}))
-
-
-def _variation_of(augmentation: AugmentationConfig, seed: int) -> dict[str, object] | None:
-    """Everything that the pixels of countable variants depend on."""
-    if not augmentation.enable or augmentation.variants is None:
-        return None
-    return {**augmentation.model_dump(mode="json", exclude={"enable", "variants"}), "seed": seed}
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R | None], items: Sequence[T], count: int) -> Iterator[R]:
@@ -426,7 +342,7 @@ def plan_of(extractor: Extractor) -> Plan:
     start = time.perf_counter()
     features = {name: value.float().cpu() for name, value in extractor.encode(pixels).items()}
     seconds = time.perf_counter() - start
-    shapes = {name: tuple(value.shape[1:]) for name, value in features.items()}
+    shapes = {name: tuple(value.shape[1:]) for name, value in features.items()} | extractor.shapes_of_answers()
     images = sum(len(extractor.wanted(split)) for split in extractor.splits)
     size = bytes_per_image(extractor.identity, shapes)
     return Plan(images, sum(missing.values()), unfinished, size, shutil.disk_usage(extractor.store).free, seconds)

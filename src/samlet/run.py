@@ -30,8 +30,8 @@ from samlet.engine.run_dir import RunDir
 from samlet.engine.step import TrainStep
 from samlet.engine.validation import ForgettingGuard
 from samlet.errors import CheckpointError, ConfigError
-from samlet.extraction import stored_features, stores_of
 from samlet.models import Sam
+from samlet.stores import stored_features, stores_of
 from samlet.types import Batch
 
 if TYPE_CHECKING:

@@ -59,6 +59,7 @@ class Sample(NamedTuple):
     skipped: tuple[str, ...] = ()  # what could not be used on the way to this sample, one sentence each
     embedding: Float[Tensor, "256 h w"] | None = None  # the frozen student's, where it was computed before
     stored: dict[str, Tensor] | None = None  # what teachers' stores hold of it, as stored: "teacher/feature"
+    answers: dict[str, Tensor] | None = None  # and of its prompts, a row each
 
 
 class Batch(NamedTuple):
@@ -74,6 +75,7 @@ class Batch(NamedTuple):
     draw: int = 0  # names what is drawn while it is learnt from: the same for all micro-batches of one optimizer step
     embedding: Float[Tensor, "B 256 h w"] | None = None  # the frozen student's, in place of running its image encoder
     stored: dict[str, Tensor] | None = None  # what teachers' stores hold of its images, as stored: "teacher/feature"
+    answers: dict[str, Tensor] | None = None  # and of its prompts, a row each
 
 
 class Terms(NamedTuple):

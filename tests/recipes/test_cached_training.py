@@ -15,6 +15,8 @@ from PIL import Image
 from samlet.config import RunConfig
 from samlet.errors import SamletError
 from samlet.extraction import Extractor, job_of, pictures_of
+from samlet.models import Sam
+from samlet.models.decoder_file import load_decoder
 from samlet.recipes.train import train
 from tests.tiny import tiny_config, write_scenes, write_teacher
 
@@ -139,6 +141,73 @@ def test_smaller_numbers_are_close(
     (rows, _), (others, _) = steps_of(online), steps_of(cached)
     for name in (name for name in rows[0] if name.startswith("distill/")):
         assert others[0][name] == pytest.approx(rows[0][name], rel=tolerance, abs=tolerance), name
+
+
+ANSWERED = {"encoder_patch": {}, "prompt_embed": {"layer": 1}, "decoder_mask_token": {}, "decoder_matching": {}}
+
+
+def test_stored_answers_to_fixed_prompts_need_no_decoder(
+    scenes: Path, teachers: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: dict[str, Any] = {
+        "distillation": ANSWERED,
+        "prompts": {"fixed": True},
+        "augmentation": {"variants": 2},
+        "training": {"max_steps": 5},
+        "extraction": {"dtype": "fp32", "decoder_outputs": True},
+    }
+    online = config_of(scenes, tmp_path / "online", teachers, **blocks)
+    cached = config_of(scenes, tmp_path / "cached", teachers, cached=True, **blocks)
+    extract_all(cached)
+
+    def load_without_decoder(path: Path) -> Sam:
+        sam = load_decoder(path)
+        monkeypatch.setattr(sam, "decode", None)
+        return sam
+
+    monkeypatch.setattr("samlet.engine.assembly.load_decoder", load_without_decoder)
+    assert_same_training(online, cached, 1e-5)
+
+
+def test_an_edited_mask_makes_stored_answers_stale(
+    scenes: Path, teachers: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    own = tmp_path / "scenes"
+    shutil.copytree(scenes, own)
+    config = config_of(
+        own,
+        tmp_path / "run",
+        teachers[:1],
+        cached=True,
+        distillation=ANSWERED,
+        prompts={"fixed": True},
+        training={"max_steps": 6},
+        extraction={"decoder_outputs": True},
+    )
+    extract_all(config)
+    for mask in (images_of(config)[0].parent.parent / "mask").rglob("*.png"):
+        Image.fromarray(np.roll(np.asarray(Image.open(mask)), 16, axis=1)).save(mask)
+    with pytest.raises(SamletError, match=r"other prompts.*samlet extract"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "loc"),
+    [
+        ({}, ("prompts", "fixed")),
+        ({"prompts": {"fixed": True, "correction_rounds": 1}}, ("prompts", "correction_rounds")),
+        (
+            {"prompts": {"fixed": True}, "extraction": {"decoder_outputs": True, "dense_mask_logits": False}},
+            ("extraction", "dense_mask_logits"),
+        ),
+    ],
+)
+def test_what_stored_answers_cannot_do_is_a_mistake(
+    scenes: Path, teachers: list[dict[str, Any]], tmp_path: Path, blocks: dict[str, Any], loc: tuple[str, ...]
+) -> None:
+    blocks = {"extraction": {"decoder_outputs": True}, "distillation": {"encoder_patch": {}}, **blocks}
+    config = config_of(scenes, tmp_path / "run", teachers, cached=True, **blocks)
+    assert [found for found, _ in config.mistakes()] == [loc]
 
 
 def test_a_store_trains_without_the_teacher_file(scenes: Path, tmp_path: Path) -> None:

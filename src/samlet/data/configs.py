@@ -31,6 +31,9 @@ class PromptConfig(StrictModel):
     """Each edge of a box moves by up to this share of the side, at most 20 pixels at 1024, in or out."""
     mix: tuple[Weight, Weight, Weight] = (0.4, 0.4, 0.2)
     """Weights of points, box, and box with points in mode `mixed`."""
+    fixed: bool = False
+    """Each object keeps its prompt through all epochs, drawn once for each stored variant of the image; for stores that
+    hold the decoder's answers, too."""
     correction_rounds: Annotated[int, Field(ge=0, le=8)] = 0
     """Prompt in the loop: so many times one more click falls where the student's answer is wrong (by the ground truth,
     without one by the teachers), and student and teachers answer again; the loss is the mean over the rounds."""
@@ -52,7 +55,7 @@ class PromptConfig(StrictModel):
         """The settings of `data.prompts`."""
         from samlet.data.prompts import PromptSettings
 
-        return PromptSettings(mode, self.positive_points, self.negative_points, self.box_jitter, self.mix)
+        return PromptSettings(mode, self.positive_points, self.negative_points, self.box_jitter, self.mix, self.fixed)
 
 
 class AugmentationConfig(StrictModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -49,11 +50,21 @@ class Picture(NamedTuple):
     variation: str  # digest of the geometry, and of the colours where they are among the countable variants
 
 
-class StoredLookup(Protocol):
-    """Finds what teachers' stores hold of an image; refuses what was made of other pixels."""
+class Prompted(NamedTuple):
+    """An image with the prompts of all its objects."""
 
-    def __call__(self, image_id: str, variant: int, variation: str) -> dict[str, torch.Tensor]:
-        """By "teacher/feature", as stored."""
+    picture: Picture
+    prompts: Prompts
+    objects: tuple[int, ...]  # whose each prompt is; of an unlabelled image, the prompt's number
+
+
+class StoredLookup(Protocol):
+    """Finds what teachers' stores hold of an image; refuses what was made of other pixels or prompts."""
+
+    def __call__(
+        self, image_id: str, variant: int, variation: str, objects: Sequence[int], prompts: Prompts
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """Of the image and of its prompts, by "teacher/feature", as stored."""
 
 
 class SegmentationDataset(Dataset[Sample]):
@@ -166,6 +177,21 @@ class SegmentationDataset(Dataset[Sample]):
         geometry, colour = self._settled(key, image.size)
         return self._pictured(image, geometry, colour)
 
+    def prompted(self, key: SampleKey) -> Prompted:
+        """The picture, and a prompt for every visible object; where there is none, `objects_per_image` blind ones.
+
+        Raises:
+            DataError: a file cannot be used.
+        """
+        image = self._decoded(key)
+        geometry, colour = self._drawn(key, image.size)
+        every = copy(self)
+        every.objects_per_image = sys.maxsize
+        geometry, objects = every._framed(key, image.size, geometry, [])
+        rows = self._rows(objects, geometry, key)
+        whose = tuple(index for index, _ in objects) or tuple(range(len(rows)))
+        return Prompted(self._pictured(image, geometry, colour), stack_rows(rows), whose)
+
     def variation(self, key: SampleKey) -> str:
         """`self.picture(key).variation`, without decoding the image.
 
@@ -181,17 +207,25 @@ class SegmentationDataset(Dataset[Sample]):
         picture = self._pictured(image, geometry, colour)
         rows = self._rows(objects, geometry, key)
         grids = [coverage(mask, self.image_size) for _, mask in objects]
-        variant = 0 if self.augmentation.variants is None else self.augmentation.of(key.epoch)
+        prompts, stored, answers = stack_rows(rows), None, None
+        if self.stored is not None:
+            whose = [index for index, _ in objects] or range(len(rows))
+            place = record.image_id, self._variant(key), picture.variation
+            stored, answers = self.stored(*place, whose, prompts)
         return Sample(
             pixels=picture.pixels,
             input_size=geometry.size,
-            prompts=stack_rows(rows),
+            prompts=prompts,
             masks=self._ground_truth(grids, len(rows)),
             labelled=torch.full((len(rows),), bool(objects)),
             image_id=record.image_id,
             skipped=tuple(skipped),
-            stored=None if self.stored is None else self.stored(record.image_id, variant, picture.variation),
+            stored=stored,
+            answers=answers,
         )
+
+    def _variant(self, key: SampleKey) -> int:
+        return 0 if self.augmentation.variants is None else self.augmentation.of(key.epoch)
 
     def _drawn(self, key: SampleKey, size: tuple[int, int]) -> tuple[Geometry, Colour]:
         """How augmentation would vary an image. Countable variants follow its name, so that they can be stored."""
@@ -270,6 +304,10 @@ class SegmentationDataset(Dataset[Sample]):
         ]
 
     def _prompt_rng(self, key: SampleKey, item: int) -> np.random.Generator:
+        if self.prompts.fixed:
+            return generator(
+                Stream.PROMPT, self.seed, self._variant(key), name_index(self.records[key.index].image_id), item
+            )
         return generator(Stream.PROMPT, self.seed, *key, item)
 
     def _ground_truth(self, grids: list[Float32[np.ndarray, "h w"]], count: int) -> torch.Tensor:
@@ -326,6 +364,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Samples side by side; `image_index` tells whose each prompt is."""
     embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
     stored = [sample.stored for sample in samples if sample.stored is not None]
+    answers = [sample.answers for sample in samples if sample.answers is not None]
     return Batch(
         pixels=torch.stack([sample.pixels for sample in samples]),
         input_sizes=torch.tensor([sample.input_size for sample in samples], dtype=torch.int64),
@@ -336,6 +375,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         skipped=tuple(reason for sample in samples for reason in sample.skipped),
         embedding=torch.stack(embeddings) if embeddings else None,
         stored={name: torch.stack([found[name] for found in stored]) for name in stored[0]} if stored else None,
+        answers={name: torch.cat([found[name] for found in answers]) for name in answers[0]} if answers else None,
     )
 
 

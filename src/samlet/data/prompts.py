@@ -40,6 +40,7 @@ class PromptSettings(NamedTuple):
     negative_points: tuple[int, int] = (0, 0)
     box_jitter: float = 0.1  # share of the side
     mix: tuple[float, float, float] = (0.4, 0.4, 0.2)  # weights of points, box, box and points in mode "mixed"
+    fixed: bool = False  # an object of an image-variant has the same prompt in every epoch
 
 
 def make_row(points: np.ndarray, labels: np.ndarray, box: Box | None) -> PromptRow:

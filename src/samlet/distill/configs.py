@@ -69,6 +69,10 @@ class ExtractionConfig(StrictModel):
     """Numbers of the store: 4, 2 or 1 bytes each; int8 is affine by channel."""
     pack: bool = False
     """Many images in one file, for file systems that hate millions of files."""
+    decoder_outputs: bool = False
+    """Store the teacher's answers to the run's fixed prompts as well, so that no decoder runs either."""
+    dense_mask_logits: bool = True
+    """Among them its mask logits, 0.5 MB for each object at 1024 in fp16."""
     batch_size: int = Field(8, ge=1)
     """Images that a GPU encodes at once; a CPU takes one at a time, so that the result never depends on it."""
     workers: int = Field(4, ge=1)

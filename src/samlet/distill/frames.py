@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAPS = ("prompted.", "upscaled")  # decoder taps that are maps over the image; all others stay as they are
+ANSWERS = "answers."  # what a store holds of the prompts travels with the features, a row for each prompt
 ATTENTION = "attention."  # encoder taps that are weights over a grid, which sum to 1 only on their own
 
 
@@ -46,7 +47,7 @@ def features_at(features: ImageFeatures, source: int, target: int) -> ImageFeatu
     if source == target:
         return features
     taps = {
-        name: tap if name.startswith(ATTENTION) else _rescaled(tap, source, target)
+        name: tap if name.startswith((ATTENTION, ANSWERS)) else _rescaled(tap, source, target)
         for name, tap in features.taps.items()
     }
     return ImageFeatures(_rescaled(features.embedding, source, target), taps)

@@ -39,13 +39,21 @@ def extract(
     Raises:
         SamletError: something it was given cannot be used, or the disk is too small; what was stored stays.
     """
-    for teacher in teachers_to_extract(config):
+    teachers = teachers_to_extract(config)
+    if store is not None and len(teachers) > 1:
+        names = ", ".join(teacher.name for teacher in teachers)
+        raise ConfigError(
+            f"--store: is the folder of one teacher's store, and there are several: {names}; leave it out"
+        )
+    for teacher in teachers:
         place = store or config.store_of(teacher)
         extractor = Extractor(job_of(config, teacher, place))
         plan = plan_of(extractor)
         show_plan(teacher.name, extractor.store, plan, processes)
         plan.refuse_full_disk(extractor.store)
         del extractor  # the workers hold their own
+        if not plan.unfinished:
+            continue
         run = run_ray if engine == "ray" else run_local
         job = job_of(config, teacher, place, plan.unfinished)
         code = run(job, Extractor, processes, threads, images=plan.missing)

@@ -31,7 +31,7 @@ def info(path: Path, *, console: Console | None = None) -> int:
     console, store = console or Console(), read_store(path)
     table = Table(title=escape(str(path)), title_justify="left", show_header=False)
     for name, value in plain(store.identity).items():
-        short = str(value)[:_HASH] if name in ("teacher_sha256", "preprocessing") else value
+        short = str(value)[:_HASH] if name == "teacher_sha256" else value
         table.add_row(name, escape("none" if value is None else str(short)))
     console.print(table)
     splits = Table("split", "images", "image-variants", "shards finished", "packed")
