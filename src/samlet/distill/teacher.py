@@ -86,15 +86,25 @@ class LiveTeacher:
     def encode_pixels(
         self, pixels: Float[Tensor, "B 3 S S"], places: Float[Tensor, "B Q 2"] | None = None
     ) -> ImageFeatures:
-        """Run the image encoder on images of any input frame; `places` are those where attention is tapped."""
+        """Run the image encoder on images of any input frame; `places` are those where attention is tapped.
+
+        A CPU takes one image at a time, which costs nothing there: the result then depends on no neighbour, and is to
+        the bit what a store keeps.
+        """
         pixels = pixels_at(pixels, self.image_size)
         with self._present(pixels.device):
-            if self.precision is None:
-                return encode_tapped(self.sam, pixels, self.encoder_taps, places)
-            with torch.autocast(pixels.device.type, enabled=False):
-                features = encode_tapped(self.sam, pixels.to(self.precision), self.encoder_taps, places)
-            taps = {name: tap.to(pixels.dtype) for name, tap in features.taps.items()}
-            return ImageFeatures(features.embedding.to(pixels.dtype), taps)
+            if pixels.device.type != "cpu":
+                return self._encoded(pixels, places)
+            rows = [slice(image, image + 1) for image in range(len(pixels))]
+            return _joined([self._encoded(pixels[row], None if places is None else places[row]) for row in rows])
+
+    def _encoded(self, pixels: Float[Tensor, "B 3 S S"], places: Float[Tensor, "B Q 2"] | None) -> ImageFeatures:
+        if self.precision is None:
+            return encode_tapped(self.sam, pixels, self.encoder_taps, places)
+        with torch.autocast(pixels.device.type, enabled=False):
+            features = encode_tapped(self.sam, pixels.to(self.precision), self.encoder_taps, places)
+        taps = {name: tap.to(pixels.dtype) for name, tap in features.taps.items()}
+        return ImageFeatures(features.embedding.to(pixels.dtype), taps)
 
     @torch.no_grad()
     def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskOutput:
@@ -112,6 +122,11 @@ class LiveTeacher:
             yield
         finally:
             self.sam.image_encoder.to("cpu")
+
+
+def _joined(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+    taps = {name: torch.cat([part.taps[name] for part in parts]) for name in parts[0].taps}
+    return ImageFeatures(torch.cat([part.embedding for part in parts]), taps)
 
 
 class Lesson(NamedTuple):
