@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from typer.testing import CliRunner
 
 from samlet.cli import app
 from samlet.config import RunConfig
+from samlet.distill.teacher import LiveTeacher
 from samlet.engine.diagnosis import StepTimes
 from samlet.engine.diagnosis_page import show
 from samlet.engine.parts import set_trainable
 from samlet.engine.step import TrainStep
 from samlet.errors import SamletError
+from samlet.extraction import Extractor, job_of
 from samlet.losses import dice
-from samlet.models import Sam
+from samlet.models import Sam, load_sam
 from samlet.recipes import train as loop
 from samlet.recipes.doctor import doctor, examine, seconds_of_step, without_nan
 from samlet.recipes.train import train
@@ -261,3 +264,62 @@ def test_what_training_refuses_it_refuses(scenes: Path, tmp_path: Path) -> None:
 
 def test_null_stands_for_what_json_cannot_say() -> None:
     assert without_nan({"a": [float("nan"), 1.0], "b": {"c": float("inf")}}) == {"a": [None, 1.0], "b": {"c": None}}
+
+
+def reading_a_store(scenes: Path, out: Path, teacher: Path, dtype: str, *, written_by: Path | None = None) -> RunConfig:
+    """A run whose store was just extracted, by another teacher under this one's identity where `written_by` says so."""
+    config = distilling(
+        scenes,
+        out,
+        teacher,
+        distillation={
+            "enable": True,
+            "use_precomputed_features": True,
+            "precomputed_root": str(out.parent / "stores"),
+            "encoder_patch": {"teacher_tap": "blocks.0", "student_tap": "blocks.-1", "projection": "learnt"},
+        },
+        extraction={"dtype": dtype},
+        augmentation={"horizontal_flip": 0.0, "scale": [1.0, 1.0], "brightness": 0.5},
+    )
+    job = job_of(config, config.teachers[0], config.store_of(config.teachers[0]))
+    extractor = Extractor(job)
+    if written_by is not None:
+        other = load_sam(written_by, image_size=config.model.image_size)
+        extractor.teacher = LiveTeacher("T", other, extractor.identity.taps)
+    for shard in extractor.shards:
+        extractor.extract(shard, lambda: None)
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_a_store_is_compared_with_its_live_teacher(
+    scenes: Path, tmp_path: Path, teacher: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = reading_a_store(scenes, tmp_path / "run", teacher, dtype)
+    report = examine(config, tmp_path / "doctor")
+    (store,) = report["stores"]
+    assert set(store["differences"]) == {"embedding", "blocks.0"}
+    assert all(difference <= store["allowed"] for difference in store["differences"].values())
+    assert report["healthy"]
+    show(report)
+    assert re.search(rf"teacher T: stored = live to \S+ \({dtype}\)", capsys.readouterr().out)
+
+
+def test_a_store_of_another_teacher_under_this_ones_name_is_found(
+    scenes: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_teacher(tmp_path / "other.pth", seed=5)
+    config = reading_a_store(scenes, tmp_path / "run", teacher, "fp16", written_by=other)
+    assert doctor(config) == 2
+    shown = capsys.readouterr().out
+    assert "error: teacher T: embedding in " in shown
+    assert "remove that folder and run samlet extract" in shown
+
+
+def test_a_store_of_pictures_decoded_in_full_is_not_one_of_smaller_ones(
+    scenes: Path, tmp_path: Path, teacher: Path
+) -> None:
+    config = reading_a_store(scenes, tmp_path / "run", teacher, "fp16")
+    dataset = config.dataset.model_copy(update={"scaled_decode": True})
+    with pytest.raises(SamletError, match=r"preprocessing.*scaled decode"):
+        doctor(config.model_copy(update={"dataset": dataset}))

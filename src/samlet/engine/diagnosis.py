@@ -5,6 +5,7 @@ Everything is read from the step that trains: its own terms, its own optimizer. 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,12 +23,19 @@ from samlet.engine.evaluation import unchanged_in_eval_mode
 from samlet.types import Batch, ImageFeatures, MaskOutput
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.utils.hooks import RemovableHandle
 
+    from samlet.distill.store import Identity
     from samlet.distill.teacher import Lesson, TeacherTeam
     from samlet.engine.step import TrainStep
     from samlet.models.sam import Sam
     from samlet.types import Terms
+
+# Relative rms by which a faithful store may differ from its teacher: rounding by its dtype, and by the arithmetic.
+ROUNDING = {"fp32": 1e-5, "fp16": 2e-3, "int8": 3e-2}
+ARITHMETIC = {"fp32": 0.0, "fp16": 5e-3, "bf16": 3e-2}
 
 MODULES = ("image_encoder", "prompt_encoder", "mask_decoder", "projections")
 
@@ -39,6 +47,34 @@ class TermReading(NamedTuple):
     weighted: float
     gradients: dict[str, float]  # L2 norm of the weighted term's gradient, by module; one it does not reach is 0
     milliseconds: float  # of the term alone, forward and backward to what it compares
+
+
+class StoreReading(NamedTuple):
+    """How far a store's features are from what its teacher says of the same pixels now."""
+
+    teacher: str
+    root: str
+    dtype: str
+    differences: dict[str, float]  # rms(stored - live) / rms(live), by feature
+    allowed: float
+
+
+def compare_stores(
+    identity: Identity,
+    root: Path,
+    live: Sequence[Mapping[str, Tensor]],
+    stored: Sequence[Mapping[str, Tensor]],
+    arithmetic: str,
+) -> StoreReading:
+    """Relative rms over all images, by feature; features of each image by name, in float32."""
+    differences = {}
+    for name in live[0]:
+        squares = sum(float(one[name].double().square().sum()) for one in live)
+        errors = zip(live, stored, strict=True)
+        wrong = sum(float((one[name].double() - other[name].double()).square().sum()) for one, other in errors)
+        differences[name] = (wrong / squares) ** 0.5 if squares else math.inf
+    allowed = max(ROUNDING[identity.dtype], ARITHMETIC[identity.precision], ARITHMETIC[arithmetic])
+    return StoreReading(identity.teacher, str(root), identity.dtype, differences, allowed)
 
 
 class Stopwatch:

@@ -38,7 +38,7 @@ def show(report: dict[str, Any]) -> None:
         _table(console, f"{title}{step}", *_times(stage))
         for line in _facts(stage):
             _say(console, line)
-    for line in _tail(report):
+    for line in (*_stores(report), *_tail(report)):
         _say(console, line)
     for finding in report["findings"]:
         colour = COLOURS[finding["level"]]
@@ -93,6 +93,13 @@ def _facts(stage: dict[str, Any]) -> list[str]:
     if stage["grad_norms"]:
         lines.append(f"norm of the whole gradient: {', '.join(map(_number, stage['grad_norms']))}")
     return lines
+
+
+def _stores(report: dict[str, Any]) -> list[str]:
+    return [
+        f"teacher {store['teacher']}: stored = live to {max(store['differences'].values()):.0e} ({store['dtype']})"
+        for store in report["stores"]
+    ]
 
 
 def _tail(report: dict[str, Any]) -> list[str]:

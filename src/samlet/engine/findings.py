@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from samlet.engine.diagnosis import Reading
+    from samlet.engine.diagnosis import Reading, StoreReading
 
 DOMINATES = 100.0  # times the gradient of all other terms together
 _SHOWN = 3
@@ -39,6 +39,21 @@ def findings(seen: Diagnosis) -> list[Finding]:
     where = f"stage {seen.stage}: " if seen.stage else ""
     found = [finding._replace(text=where + finding.text) for check in CHECKS for finding in check(seen)]
     return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
+
+
+def findings_of_stores(stores: Sequence[StoreReading]) -> list[Finding]:
+    """Stores whose features are not what their teacher says."""
+    return [
+        Finding(
+            "error",
+            f"teacher {store.teacher}: {name} in {store.root} is not what its checkpoint says of the same images "
+            f"(relative rms {difference:.2g}, {store.dtype} allows {store.allowed:.0e}); remove that folder and run "
+            "samlet extract with this configuration",
+        )
+        for store in stores
+        for name, difference in store.differences.items()
+        if not difference <= store.allowed
+    ]
 
 
 def _finite(seen: Diagnosis) -> Iterator[Finding]:

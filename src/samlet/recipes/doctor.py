@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,33 @@ import torch
 from rich.console import Console
 
 from samlet.config import RunConfig
-from samlet.engine.device import build_accelerator
-from samlet.engine.diagnosis import Reading, StepTimes, Still, Stopwatch, read_terms, timing
+from samlet.data.sampler import SampleKey
+from samlet.distill.store import StoreReader, decoded
+from samlet.distill.stored import EMBEDDING, StoredTeacher
+from samlet.distill.teacher import LiveTeacher
+from samlet.engine.assembly import build_team, load_teachers
+from samlet.engine.device import build_accelerator, memory_format
+from samlet.engine.diagnosis import (
+    Reading,
+    StepTimes,
+    Still,
+    Stopwatch,
+    StoreReading,
+    compare_stores,
+    read_terms,
+    timing,
+)
 from samlet.engine.diagnosis_page import show
 from samlet.engine.evaluation import evaluate_sam
-from samlet.engine.findings import Diagnosis, Finding, findings
+from samlet.engine.findings import Diagnosis, Finding, findings, findings_of_stores
 from samlet.engine.memory import keep_freed_memory, peak_memory
 from samlet.engine.parts import set_weight_decay
 from samlet.engine.run_dir import RunDir
 from samlet.engine.step import Counts, count_images
 from samlet.errors import SamletError
+from samlet.extraction import pictures_of
 from samlet.recipes import train
-from samlet.run import Run, set_up
+from samlet.run import Run, Stage, set_up
 
 STEPS = 2
 IMAGES = 2  # that a validation is timed on
@@ -47,6 +62,7 @@ class StageReport:
     seconds: float  # of all its steps
     validations: int
     checkpoints: int
+    images: tuple[str, ...]  # of the first batch
 
 
 def doctor(config: RunConfig, *, as_json: bool = False) -> int:
@@ -84,7 +100,17 @@ def examine(config: RunConfig, place: Path) -> dict[str, Any]:
         per_validation = seconds_of_validation(run)
         say("a checkpoint")
         per_checkpoint = seconds_of_checkpoint(run)
-    return as_plain(run, config, reports, per_validation, per_checkpoint)
+        report = as_plain(run, config, reports, per_validation, per_checkpoint)  # its memory is that of the run alone
+        say("stores")
+        stores = read_stores(run, reports[0].images)
+    found = [finding._asdict() for finding in findings_of_stores(stores)]
+    healthy = report["healthy"] and not found
+    return {
+        **report,
+        "stores": [store._asdict() for store in stores],
+        "findings": found + report["findings"],
+        "healthy": healthy,
+    }
 
 
 def examine_stage(run: Run, num_workers: int) -> StageReport:
@@ -96,6 +122,7 @@ def examine_stage(run: Run, num_workers: int) -> StageReport:
     frozen = run.pace.frozen_at(run.steps_in_stage, training)
     still = Still(run.step, run.stage.team, frozen, run.config.model.batch_norm)
     batches = train.load_batches(run)
+    images: tuple[str, ...] = ()
     readings: list[Reading] = []
     norms: list[float] = []
     refused: list[str] = []
@@ -104,6 +131,7 @@ def examine_stage(run: Run, num_workers: int) -> StageReport:
         watch = Stopwatch(run.accelerator.device)
         with watch.running("data"):
             window = [next(batches) for _ in range(training.accumulation)]
+        images = images or window[0].image_ids
         readings.append(read(run, window[0]))
         try:
             with timing(run.step, run.stage.team, run.optimizer.optimizer) as times:
@@ -115,7 +143,7 @@ def examine_stage(run: Run, num_workers: int) -> StageReport:
         run.state.step += 1
     diagnosis = Diagnosis(run.stage.name, readings, norms, training.max_grad_norm, still.moved(), still.count, refused)
     seconds = run.stage.steps * seconds_of_step(times, num_workers)
-    return StageReport(diagnosis, times, seconds, *interruptions(run))
+    return StageReport(diagnosis, times, seconds, *interruptions(run), images)
 
 
 def interruptions(run: Run) -> tuple[int, int]:
@@ -135,6 +163,40 @@ def read(run: Run, batch: Any) -> Reading:
     counts = Counts(*map(float, count_images([batch])))
     with run.accelerator.autocast():
         return read_terms(run.step, batch, lambda given: train.teach(run, run.stage, given), counts)
+
+
+def read_stores(run: Run, images: Sequence[str]) -> list[StoreReading]:
+    """What the run's stores hold of some images, beside what their teachers say now; of teachers with a checkpoint."""
+    for stage in run.stages:
+        if stage.team is not None:
+            stored = [teacher for teacher in stage.team.teachers if isinstance(teacher, StoredTeacher)]
+            return [found for teacher in stored for found in read_store(run, stage, teacher, images)]
+    return []
+
+
+def read_store(run: Run, stage: Stage, stored: StoredTeacher, images: Sequence[str]) -> Iterator[StoreReading]:
+    """One teacher, if its checkpoint is given; of each image variant 0, without the colours that no store knows."""
+    config, device = stage.config, run.accelerator.device
+    (given,) = [teacher for teacher in config.teachers if teacher.name == stored.name]
+    if given.checkpoint is None:
+        return
+    models = load_teachers([given], {}, config.model.image_size, device, config.training)
+    team = build_team([given], models, {}, stage.step)
+    assert team is not None
+    (live,) = team.teachers
+    assert isinstance(live, LiveTeacher)
+    reader = StoreReader(config.store_of(given), "train")
+    pictures = pictures_of(config, "train")
+    now, then = [], []
+    for image_id in images:
+        pixels = pictures.picture(SampleKey(0, pictures.image_ids.index(image_id))).pixels
+        placed = pixels[None].to(device, memory_format=memory_format(config.training))
+        with run.accelerator.autocast():
+            features = live.encode_pixels(placed)
+        said = {EMBEDDING: features.embedding, **features.taps}
+        now.append({name: value[0].float().cpu() for name, value in said.items()})
+        then.append(decoded(reader.read(image_id, 0, list(said))))
+    yield compare_stores(reader.identity, reader.root, now, then, given.precision or config.training.precision)
 
 
 def seconds_of_step(times: StepTimes, num_workers: int) -> float:
