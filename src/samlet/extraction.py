@@ -201,6 +201,7 @@ class Extractor:
             writing: deque[Future[None]] = deque()
             ready = _ahead(readers, read, missing, self.settings.workers + self.batch_size)
             for group in _groups(ready, self.batch_size):
+                advance(0)  # hear of a stop before the network runs, not images later from the writer
                 writing.append(writer.submit(write, group, self.look(group)))
                 if len(writing) > 2:  # let no more than that wait in memory
                     writing.popleft().result()
@@ -330,19 +331,24 @@ class Plan(NamedTuple):
 
 
 def plan_of(extractor: Extractor) -> Plan:
-    """Look at the store and the disk, and time the network on the first image that can be read.
+    """Look at the store and the disk; where something is missing, time the network on the first image that can be read.
 
     Raises:
         DataError: no image can be read.
     """
     missing = {shard: len(extractor.missing(shard)) for shard in extractor.shards}
     unfinished = tuple(shard for shard in extractor.shards if missing[shard] or not extractor.is_written(shard))
+    size, seconds = _cost_of_an_image(extractor) if any(missing.values()) else (0, 0.0)
+    images = sum(len(extractor.wanted(split)) for split in extractor.splits)
+    return Plan(images, sum(missing.values()), unfinished, size, shutil.disk_usage(extractor.store).free, seconds)
+
+
+def _cost_of_an_image(extractor: Extractor) -> tuple[int, float]:
+    """Bytes on disk, and seconds of the network."""
     pixels = extractor.any_pixels()[None]
     extractor.encode(pixels)  # the first time is not like the others
     start = time.perf_counter()
     features = {name: value.float().cpu() for name, value in extractor.encode(pixels).items()}
     seconds = time.perf_counter() - start
     shapes = {name: tuple(value.shape[1:]) for name, value in features.items()} | extractor.shapes_of_answers()
-    images = sum(len(extractor.wanted(split)) for split in extractor.splits)
-    size = bytes_per_image(extractor.identity, shapes)
-    return Plan(images, sum(missing.values()), unfinished, size, shutil.disk_usage(extractor.store).free, seconds)
+    return bytes_per_image(extractor.identity, shapes), seconds

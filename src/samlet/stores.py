@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import samlet
 from samlet.artefacts import sha256_of
+from samlet.data.sampler import SampleKey
 from samlet.distill.objectives import build_objectives
 from samlet.distill.store import Identity, StoreReader, read_identity, refuse_stale
 from samlet.distill.stored import EMBEDDING, IOU, LOGITS, PROMPTS, TOKENS, StoredFeatures, stored_name
@@ -70,6 +71,7 @@ def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDa
         DataError: names the first image that is not in a store, or that has changed since.
     """
     records = {record.image_id: record for record in data.records}
+    indices = {record.image_id: index for index, record in enumerate(data.records)}
     with ThreadPoolExecutor(HASHING_THREADS) as pool, image_bar() as bar:
         digests = pool.map(_digest, records.values())
         for record, digest in zip(
@@ -81,12 +83,22 @@ def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDa
                 for variant in range(data.augmentation.variants or 1):
                     entry = reader.entries.get((record.image_id, variant))
                     if entry is None:
+                        if data.broken == "skip" and not _is_usable(data, SampleKey(variant, indices[record.image_id])):
+                            continue  # the extraction left it out, too
                         raise DataError(f"{reader.root}: holds no features of {record.image_path}; run {COMMAND}")
                     if entry.image_sha256 != digest:
                         raise DataError(
                             f"{record.image_path}: has changed since its features were computed in {reader.root}; "
                             f"run {COMMAND}"
                         )
+
+
+def _is_usable(data: SegmentationDataset, key: SampleKey) -> bool:
+    try:
+        data.picture(key)
+    except DataError:
+        return False
+    return True
 
 
 def _digest(record: Record) -> str | None:

@@ -136,11 +136,13 @@ class ImageCount:
 
     def advance(self, images: int) -> None:
         """So many more are done."""
+        if not images:  # another thread may be counting
+            return
         self.done += images
         self._bar.update(self._task, advance=images)
         now = time.monotonic()
         due = now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total
-        if images and due and not self._bar.console.is_terminal:
+        if due and not self._bar.console.is_terminal:
             self._last_line = now
             left = max((self.total or 0) - self.done, 0)
             eta = timedelta(seconds=int((now - self._began) / self.done * left))

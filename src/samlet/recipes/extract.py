@@ -42,9 +42,7 @@ def extract(
     teachers = teachers_to_extract(config)
     if store is not None and len(teachers) > 1:
         names = ", ".join(teacher.name for teacher in teachers)
-        raise ConfigError(
-            f"--store: is the folder of one teacher's store, and there are several: {names}; leave it out"
-        )
+        raise ConfigError(f"--store: is one teacher's folder, and there are several teachers ({names}); leave it out")
     for teacher in teachers:
         place = store or config.store_of(teacher)
         extractor = Extractor(job_of(config, teacher, place))
@@ -78,14 +76,13 @@ def teachers_to_extract(config: RunConfig) -> Sequence[TeacherConfig]:
 def show_plan(teacher: str, store: Path, plan: Plan, processes: int) -> None:
     """Images, bytes and time, before anything is written."""
     seconds = plan.missing * plan.seconds_per_image / processes
-    lines = [
-        f"{teacher} -> {store}",
-        f"  images      {plan.images}, {plan.missing} to compute",
+    lines = [f"{teacher} -> {store}", f"  images      {plan.images}, {plan.missing} to compute"]
+    costs = [
         f"  disk        {readable(plan.bytes_per_image)} an image, {readable(plan.bytes_missing)} in all, "
         f"{readable(plan.bytes_free)} free",
         f"  time        about {_duration(seconds)} ({plan.seconds_per_image:.3g} s an image, {processes} at once)",
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(lines + costs * bool(plan.missing)) + "\n")
     sys.stdout.flush()
 
 
