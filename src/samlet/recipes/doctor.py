@@ -181,7 +181,7 @@ def read_store(run: Run, stage: Stage, stored: StoredTeacher, images: Sequence[s
     if given.checkpoint is None:
         return
     models = load_teachers([given], {}, config.model.image_size, device, config.training)
-    team = build_team([given], models, {}, stage.step)
+    team = build_team([given.model_copy(update={"weight": None})], models, {}, stage.step)  # alone, whatever its share
     assert team is not None
     (live,) = team.teachers
     assert isinstance(live, LiveTeacher)
