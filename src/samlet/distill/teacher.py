@@ -93,9 +93,8 @@ class LiveTeacher:
         """
         pixels = pixels_at(pixels, self.image_size)
         with self._present(pixels.device):
-            if pixels.device.type != "cpu":
-                return self._encoded(pixels, places)
-            rows = [slice(image, image + 1) for image in range(len(pixels))]
+            step = 1 if pixels.device.type == "cpu" else len(pixels)
+            rows = [slice(first, first + step) for first in range(0, len(pixels), step)]
             return _joined([self._encoded(pixels[row], None if places is None else places[row]) for row in rows])
 
     def _encoded(self, pixels: Float[Tensor, "B 3 S S"], places: Float[Tensor, "B Q 2"] | None) -> ImageFeatures:
@@ -125,8 +124,9 @@ class LiveTeacher:
 
 
 def _joined(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-    taps = {name: torch.cat([part.taps[name] for part in parts]) for name in parts[0].taps}
-    return ImageFeatures(torch.cat([part.embedding for part in parts]), taps)
+    """Features side by side in the layout that a store has: the student's backward goes by its target's layout."""
+    taps = {name: torch.cat([part.taps[name] for part in parts]).contiguous() for name in parts[0].taps}
+    return ImageFeatures(torch.cat([part.embedding for part in parts]).contiguous(), taps)
 
 
 class Lesson(NamedTuple):

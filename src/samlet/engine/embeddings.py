@@ -39,6 +39,7 @@ def fingerprint(data: SegmentationDataset, student: Sam, precision: str) -> dict
         "encoder_sha256": digest_of(encoder, student.arch),
         "images_sha256": digest(images),
         "image_size": data.image_size,
+        "scaled_decode": data.scaled_decode,
         "augmentation": list(data.augmentation),
         "min_area": data.min_area,
         "seed": data.seed,
