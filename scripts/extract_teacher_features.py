@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--dataset_base_dir", type=Path, required=True, help="folder of the images and masks")
     parser.add_argument("--output_base_dir", type=Path, required=True, help="folder of the store")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train"])
-    parser.add_argument("--fp16", action="store_true", help="store half precision")
+    parser.add_argument("--fp16", action="store_true", help="store half precision; on a GPU compute in it as well")
     parser.add_argument(
         "--mode", choices=["point", "box", "mixed", "everything"], help="of the run that will read the store"
     )
@@ -43,6 +43,10 @@ def main() -> None:
     ]
     if given.mode in ("point", "box", "mixed"):
         overrides.append(f"dataset.mode={given.mode}")
+    if given.fp16:
+        import torch  # noqa: PLC0415
+
+        overrides += ["training.precision=fp16"] if torch.cuda.is_available() else []  # a CPU has no arithmetic for it
     place = ["--store", str(given.output_base_dir), "--processes", str(given.processes)]
     sys.argv = ["samlet", "extract", str(given.teacher_cfg), *overrides, *place]
     run()

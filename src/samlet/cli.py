@@ -103,7 +103,7 @@ def extract(
         Path | None, typer.Option(help="The folder of a single teacher's store, where it is not called by its name.")
     ] = None,
 ) -> None:
-    """Compute the teachers' features ahead of time; the same command goes on, and repairs what has gone stale."""
+    """Compute the teachers' features ahead of time; the same command goes on, and adds what is new."""
     from samlet.config import RunConfig
     from samlet.schema import load_config
 
