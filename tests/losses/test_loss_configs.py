@@ -131,8 +131,8 @@ def test_attention_matching_of_nothing_is_a_mistake() -> None:
 def test_the_built_losses_are_the_functions_with_their_settings() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 4, 5, 5, generator=generator) for _ in range(2))
-    config = DenseMaskLogitsConfig(w_kl=0.1, w_focal=2.0, gamma=3.0, temperature=1.5)
-    expected = dense_mask_logits_loss(student, teacher, w_kl=0.1, w_focal=2.0, gamma=3.0, temperature=1.5)
+    config = DenseMaskLogitsConfig(w_kl=0.1, w_focal=2.0, w_dice=0.5, gamma=3.0, temperature=1.5)
+    expected = dense_mask_logits_loss(student, teacher, w_kl=0.1, w_focal=2.0, w_dice=0.5, gamma=3.0, temperature=1.5)
     assert config.build()(student, teacher) == expected
     masks, ambiguous = teacher[:, 0].sigmoid(), torch.tensor([True, False, True])
     arguments = (student, student[..., 0, 0], masks, None, ambiguous)

@@ -139,8 +139,8 @@ class DenseMaskLogitsConfig(StrictModel):
     """Weight of the Bernoulli Kullback-Leibler divergence (beta)."""
     w_focal: Weight = 0.4
     """Weight of the soft focal loss (1 - beta)."""
-    w_dice: Weight = 0.0
-    """Weight of the soft Dice distance, which does not fade with the object's area: for small objects."""
+    w_dice: Weight = 0.2
+    """Weight of the soft Dice distance, which does not fade with the object's area; 0: the two terms above alone."""
     gamma: Gamma = 2.0
     """Soft focal loss: exponent of the disagreement |p_t - p_s|; at least 1."""
     temperature: Temperature = 1.0
