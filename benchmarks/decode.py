@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +90,8 @@ def main() -> None:
         for name, longest in (("full", math.inf), ("scaled", float(options.image_size))):
             picture = read_picture(path, longest)
             images[name] = resized(picture, options.image_size)
-            decode = milliseconds(lambda longest=longest: read_picture(path, longest), options.repeats)
-            resize = milliseconds(lambda picture=picture: resized(picture, options.image_size), options.repeats)
+            decode = milliseconds(partial(read_picture, path, longest), options.repeats)
+            resize = milliseconds(partial(resized, picture, options.image_size), options.repeats)
             print(f"{name}: {picture.pixels.shape[1]} x {picture.pixels.shape[0]}, {decode:.0f} + {resize:.0f} ms")
     apart = np.abs(images["full"].astype(int) - images["scaled"])
     print(f"grey levels apart: mean {apart.mean():.2f}, 99 % {np.percentile(apart, 99):.0f}, largest {apart.max()}")

@@ -17,11 +17,11 @@ def group_of(count: int) -> SimpleNamespace:
 
 
 def test_a_lost_process_is_one_sentence() -> None:
-    with pytest.raises(SamletError, match="another process of this run has ended"), together(group_of(2)):  # type: ignore[arg-type]
+    with pytest.raises(SamletError, match="another process of this run has ended"), together(group_of(2)):
         raise RuntimeError(BROKEN)
 
 
 @pytest.mark.parametrize(("count", "message"), [(1, BROKEN), (2, "CUDA out of memory")])
 def test_other_errors_pass(count: int, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message.split(maxsplit=1)[0].strip("[.")), together(group_of(count)):  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=message.split(maxsplit=1)[0].strip("[.")), together(group_of(count)):
         raise RuntimeError(message)
