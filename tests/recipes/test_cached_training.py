@@ -13,10 +13,11 @@ import safetensors.torch
 from PIL import Image
 
 from samlet.config import RunConfig
-from samlet.errors import SamletError
+from samlet.errors import ConfigError, SamletError
 from samlet.extraction import Extractor, job_of, pictures_of
 from samlet.models import Sam
 from samlet.models.decoder_file import load_decoder
+from samlet.recipes.extract import extract
 from samlet.recipes.train import train
 from tests.tiny import tiny_config, write_scenes, write_teacher
 
@@ -317,6 +318,10 @@ def test_an_augmentation_that_no_store_holds_is_a_mistake(
 ) -> None:
     config = config_of(scenes, tmp_path / "run", teachers, cached=True, augmentation={"horizontal_flip": 0.5})
     assert [loc for loc, _ in config.mistakes()] == [("augmentation", "variants")]
+    online = config_of(scenes, tmp_path / "run", teachers, augmentation={"horizontal_flip": 0.5})
+    assert list(online.mistakes()) == []
+    with pytest.raises(ConfigError, match="augmentation.variants"):
+        extract(online)
 
 
 def test_attention_of_the_encoder_cannot_be_stored(

@@ -14,6 +14,7 @@ from samlet.engine.executors import run_local, run_ray
 from samlet.engine.memory import readable
 from samlet.errors import ConfigError
 from samlet.extraction import Extractor, Plan, job_of, plan_of
+from samlet.schema import all_mistakes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,21 +44,39 @@ def extract(
     if store is not None and len(teachers) > 1:
         names = ", ".join(teacher.name for teacher in teachers)
         raise ConfigError(f"--store: is one teacher's folder, and there are several teachers ({names}); leave it out")
-    for teacher in teachers:
-        place = store or config.store_of(teacher)
-        extractor = Extractor(job_of(config, teacher, place))
-        plan = plan_of(extractor)
-        show_plan(teacher.name, extractor.store, plan, processes)
-        plan.refuse_full_disk(extractor.store)
-        del extractor  # the workers hold their own
-        if not plan.unfinished:
-            continue
-        run = run_ray if engine == "ray" else run_local
-        job = job_of(config, teacher, place, plan.unfinished)
-        code = run(job, Extractor, processes, threads, images=plan.missing)
+    refuse_what_no_store_holds(config)
+    run = run_ray if engine == "ray" else run_local
+    jobs = [prepare(config, teacher, store or config.store_of(teacher), processes) for teacher in teachers]
+    for job, missing in jobs:
+        code = run(job, Extractor, processes, threads, images=missing) if job else 0
         if code:
             return code
     return 0
+
+
+def refuse_what_no_store_holds(config: RunConfig) -> None:
+    """Say before hours of work what training on its result would say.
+
+    Raises:
+        ConfigError: names the first key and the remedy.
+    """
+    stored = {"enable": True, "use_precomputed_features": True}
+    reading = config.model_copy(update={"distillation": config.distillation.model_copy(update=stored)})
+    for loc, message in all_mistakes(reading):
+        raise ConfigError(f"{'.'.join(map(str, loc))}: {message}")
+
+
+def prepare(config: RunConfig, teacher: TeacherConfig, store: Path, processes: int) -> tuple[str | None, int]:
+    """Show the plan for one store; the job that is left, None where nothing is, and how many images it has.
+
+    Raises:
+        SamletError: the store is of something else, or does not fit on the disk.
+    """
+    extractor = Extractor(job_of(config, teacher, store))
+    plan = plan_of(extractor)
+    show_plan(teacher.name, extractor.store, plan, processes)
+    plan.refuse_full_disk(extractor.store)
+    return (job_of(config, teacher, store, plan.unfinished) if plan.unfinished else None), plan.missing
 
 
 def teachers_to_extract(config: RunConfig) -> Sequence[TeacherConfig]:
