@@ -320,7 +320,7 @@ def test_an_augmentation_that_no_store_holds_is_a_mistake(
     assert [loc for loc, _ in config.mistakes()] == [("augmentation", "variants")]
     online = config_of(scenes, tmp_path / "run", teachers, augmentation={"horizontal_flip": 0.5})
     assert list(online.mistakes()) == []
-    with pytest.raises(ConfigError, match="augmentation.variants"):
+    with pytest.raises(ConfigError, match=r"augmentation\.variants"):
         extract(online)
 
 
