@@ -277,7 +277,11 @@ def schema(
         write_text(out, text)
 
 
-stores = typer.Typer(help="Look after stored teacher features.", no_args_is_help=True)
+stores = typer.Typer(
+    help="Look after stored teacher features.",
+    epilog="Example: samlet store info stores/SAM-H",
+    no_args_is_help=True,
+)
 app.add_typer(stores, name="store")
 StorePath = Annotated[Path, typer.Argument(help="The store: a folder with manifest.json.")]
 

@@ -32,7 +32,7 @@ def features(images: int = 3, seed: int = 0) -> ImageFeatures:
     return ImageFeatures(torch.randn(images, 256, SIZE // 16, SIZE // 16, generator=generator), {})
 
 
-def some_prompts(count: int = 7, images: int = 3, seed: int = 1, masks: bool = False) -> Prompts:
+def some_prompts(count: int = 5, images: int = 3, seed: int = 1, masks: bool = False) -> Prompts:
     """Two points and a box each, images in mixed order."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, images, (count,), generator=generator)

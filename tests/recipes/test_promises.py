@@ -20,6 +20,7 @@ from samlet.distill.configs import TERMS
 from samlet.engine import checkpoint
 from samlet.engine.step import TrainStep
 from samlet.errors import SamletError
+from samlet.recipes.extract import extract
 from samlet.recipes.train import train
 from samlet.schema import StrictModel
 from tests.tiny import tiny_config, write_scenes, write_teacher
@@ -135,8 +136,8 @@ UNREAD = {
     "TrainingConfig.non_finite": "where something is not finite",
     "TrainingConfig.max_skipped_steps": "where something is not finite",
     "ValidationConfig.max_retention_drop": "where there is a retention set",
-    "DistillationConfig.use_precomputed_features": "its value true is refused before a run",
     "DistillationConfig.precomputed_root": "where features are precomputed",
+    "ExtractionConfig.batch_size": "on a GPU",
     "AttentionMatchingConfig.resample": "where the encoder's maps are compared",
 }
 AS_A_WHOLE = ("AugmentationConfig.", "EncoderConfig.")  # every field is an argument of what is built
@@ -163,7 +164,21 @@ def test_every_key_is_read(scenes: Path, tmp_path: Path) -> None:
         read.add(f"{type(self).__name__}.{name}")
         return object.__getattribute__(self, name)
 
+    stored = {**config.distillation.model_dump(mode="json"), "precomputed_root": str(tmp_path / "stores")}
+    still = config.augmentation.model_copy(update={"enable": False})
+    extraction = tiny_config(
+        scenes / "train",
+        tmp_path / "run",
+        distillation=stored,
+        augmentation=still.model_dump(mode="json"),
+        prompts={"fixed": True},
+        teachers=[{"name": "T", "checkpoint": str(teacher)}],
+        extraction={"decoder_outputs": True},
+    )
+    attention = extraction.distillation.attention_matching.model_copy(update={"enable": False})
+    distillation = extraction.distillation.model_copy(update={"attention_matching": attention})
     with patch.object(StrictModel, "__getattribute__", noting):
         assert train(config) == 0
+        assert extract(extraction.model_copy(update={"distillation": distillation})) == 0
     unread = {field for field in fields_of(config) - read if not field.startswith(AS_A_WHOLE)}
     assert unread - UNREAD.keys() == set()

@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,17 +77,13 @@ class RunDir:
             _take_back(new)
             lock.release()
             raise SamletError(f"{self.path}: cannot be used as output_dir ({reason}); choose another") from error
-        try:
+        with ExitStack() as leaving:
+            leaving.callback(lock.release)
+            leaving.push(lambda _, error, __: None if error is None else self._came_to(error, new))
+            leaving.callback(self._holder.unlink, missing_ok=True)
             for folder in (self.path, self.checkpoints, self.overlays):
                 remove_leftovers(folder)
             yield
-        except BaseException as error:
-            self._holder.unlink(missing_ok=True)
-            self._came_to(error, new)
-            raise
-        finally:
-            self._holder.unlink(missing_ok=True)
-            lock.release()
 
     def _held_by(self) -> str:
         try:
