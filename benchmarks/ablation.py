@@ -11,9 +11,11 @@ goes on; arms that have been run are not run again. Writes ablation.md and ablat
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,12 +24,13 @@ from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.distillation import ALONE, CONFIGS, OWN_STUDENT, Scores, scores_of, teacher_scores
+from benchmarks.distillation import ALONE, CONFIGS, OWN_STUDENT, Scores, scores_in, scores_of, teacher_scores
 from samlet.config import RunConfig
 from samlet.distill.configs import TERMS
 from samlet.errors import SamletError
 from samlet.schema import load_config
 
+BySeed = dict[int, Scores]
 SEEDS_FOUR = TERMS[:4]
 STEPS = {"potholes": 160, "nuclei_bbbc038": 200}  # half as many as in distillation.py: there are 48 students a set
 DEFAULT_STEPS = 160
@@ -71,19 +74,36 @@ ARMS: dict[str, tuple[str, ...]] = {
 TWO_TEACHERS = "neck + mask, two teachers"
 
 
-def run_set(root: Path, out: Path, seeds: list[int], arms: list[str]) -> dict[str, list[Scores]]:
-    """Teachers and arms of one data set, seed by seed."""
-    results: dict[str, list[Scores]] = {}
+def run_set(root: Path, out: Path, seeds: list[int], arms: list[str], *, finished: bool) -> dict[str, BySeed]:
+    """Teachers and arms of one data set, seed by seed; `finished`: only what has been run before."""
+    results: dict[str, BySeed] = {}
     for number, name in enumerate(["teacher", *(["teacher-1"] if TWO_TEACHERS in arms else [])]):
-        results[name] = [teacher_scores(root, out / name, seed=number)]
+        if not finished:
+            results[name] = {number: teacher_scores(root, out / name, seed=number)}
+        elif has_ended(out / name):
+            results[name] = {number: scores_in(out / name)}
     for seed in seeds:
         for arm in arms:
-            results.setdefault(arm, []).append(student_scores(root, out, arm, seed))
+            folder = folder_of(root, out, arm, seed)
+            if not finished:
+                results.setdefault(arm, {})[seed] = scores_of(student_config(root, out, arm, seed))
+            elif has_ended(folder):
+                results.setdefault(arm, {})[seed] = scores_in(folder)
     return results
 
 
-def student_scores(root: Path, out: Path, arm: str, seed: int) -> Scores:
-    """One student, trained unless it has been, and measured."""
+def folder_of(root: Path, out: Path, arm: str, seed: int) -> Path:
+    """Where a student of an arm is trained."""
+    name = re.sub(r"[^a-z_]+", "-", arm.lower())
+    return out / f"{name}-{STEPS.get(root.name, DEFAULT_STEPS)}-{seed}"
+
+
+def has_ended(run: Path) -> bool:
+    return (run / "run.json").exists() and "best" in json.loads((run / "run.json").read_text())
+
+
+def student_config(root: Path, out: Path, arm: str, seed: int) -> RunConfig:
+    """One student of an arm."""
     file, teacher, steps = CONFIGS / "distillation_student.yaml", out / "teacher", STEPS.get(root.name, DEFAULT_STEPS)
     place = (
         f"dataset.root={root}",
@@ -99,8 +119,7 @@ def student_scores(root: Path, out: Path, arm: str, seed: int) -> Scores:
         place = (*place[:-1], f"teachers={both}")
     neck = round(steps * NECK_SHARE)
     own = tuple(setting.replace("NECK", str(neck)).replace("REST", str(steps - neck)) for setting in ARMS[arm])
-    folder = out / f"{re.sub(r'[^a-z_]+', '-', arm.lower())}-{steps}-{seed}"
-    return scores_of(load_config(RunConfig, file, (*place, *own, f"seed={seed}", f"output_dir={folder}")))
+    return load_config(RunConfig, file, (*place, *own, f"seed={seed}", f"output_dir={folder_of(root, out, arm, seed)}"))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -112,59 +131,60 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, float(half)
 
 
-def gains(arm: list[Scores], none: list[Scores], prompt: str) -> list[float]:
+def gains(arm: BySeed, none: BySeed, prompt: str) -> list[float]:
     """Seed by seed: how far an arm is above the student without a teacher."""
-    return [getattr(a, prompt) - getattr(n, prompt) for a, n in zip(arm, none, strict=True)]
+    return [getattr(arm[seed], prompt) - getattr(none[seed], prompt) for seed in arm if seed in none]
 
 
-def table(results: dict[str, dict[str, list[Scores]]]) -> str:
+def gap_of(arms: dict[str, BySeed], seeds: Iterable[int], prompt: str) -> float:
+    """How far the teacher is above the student without one, in the mean over some seeds."""
+    best: float = getattr(arms["teacher"][0], prompt)
+    return best - float(statistics.mean(getattr(arms["none"][seed], prompt) for seed in seeds))
+
+
+def table(results: dict[str, dict[str, BySeed]]) -> str:
     """Markdown: means, paired gains with their intervals, and how much of the gap to the teacher is closed."""
     lines = [
-        "| data | arm | point | box | gain, point | gain, box | gap closed |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| data | arm | seeds | point | box | gain, point | gain, box | gap closed |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arms in results.items():
-        teacher, none = arms["teacher"][0], arms["none"]
         for arm, scores in arms.items():
-            means = [statistics.mean(getattr(score, prompt) for score in scores) for prompt in Scores._fields]
-            cells = [f"{mean:.1f}" for mean in means]
+            means = [statistics.mean(getattr(score, prompt) for score in scores.values()) for prompt in Scores._fields]
+            cells = [str(len(scores)), *(f"{mean:.1f}" for mean in means)]
             if not arm.startswith("teacher") and arm != "none":
-                paired = [interval(gains(scores, none, prompt)) for prompt in Scores._fields]
-                gap = sum(teacher) - sum(statistics.mean(getattr(n, p) for n in none) for p in Scores._fields)
-                closed = sum(mean for mean, _ in paired) / gap
-                cells += [f"{mean:+.1f} ± {half:.1f}" for mean, half in paired] + [f"{100 * closed:.0f} %"]
-            lines.append(f"| {name} | {arm} | {' | '.join([*cells, *[''] * (5 - len(cells))])} |")
+                paired = [interval(gains(scores, arms["none"], prompt)) for prompt in Scores._fields]
+                gap = sum(gap_of(arms, scores, prompt) for prompt in Scores._fields)
+                cells += [f"{mean:+.1f}" + (f" ± {half:.1f}" if half else "") for mean, half in paired]
+                cells += [f"{100 * sum(mean for mean, _ in paired) / gap:.0f} %"]
+            lines.append(f"| {name} | {arm} | {' | '.join([*cells, *[''] * (6 - len(cells))])} |")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict[str, list[Scores]]], path: Path) -> None:
-    """Paired gains over the student without a teacher, with 95 % intervals; one panel a data set."""
-    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 5), sharey=True, squeeze=False)
+def plot(results: dict[str, dict[str, BySeed]], path: Path) -> None:
+    """Paired gains over the student without a teacher, bars for means and dots for seeds; one panel a data set."""
+    shown = [arm for arm in ARMS if arm != "none" and any(arm in arms for arms in results.values())]
+    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 5.5), sharey=True, squeeze=False)
     for axis, (name, arms) in zip(axes[0], results.items(), strict=True):
-        shown = [arm for arm in arms if not arm.startswith("teacher") and arm != "none"]
-        for offset, (prompt, colour) in zip((-0.18, 0.18), (("point", "#1f6f8b"), ("box", "#d98032")), strict=True):
-            found = [interval(gains(arms[arm], arms["none"], prompt)) for arm in shown]
-            places = [row + offset for row in range(len(shown))]
-            axis.barh(
-                places,
-                [mean for mean, _ in found],
-                xerr=[half for _, half in found],
-                height=0.34,
-                color=colour,
-                label=f"{prompt} mIoU",
-                error_kw={"ecolor": "#444444", "capsize": 2, "linewidth": 0.8},
-            )
-            gap = getattr(arms["teacher"][0], prompt) - statistics.mean(getattr(n, prompt) for n in arms["none"])
-            axis.axvline(gap, color=colour, linestyle=":", linewidth=1)
+        for offset, (prompt, colour) in zip((-0.19, 0.19), (("point", "#1f6f8b"), ("box", "#d98032")), strict=True):
+            label = f"{prompt} mIoU"
+            for row, arm in enumerate(shown):
+                found = gains(arms.get(arm, {}), arms["none"], prompt)
+                if found:
+                    axis.barh(row + offset, statistics.mean(found), height=0.34, color=colour, label=label)
+                    axis.scatter(found, [row + offset] * len(found), s=7, color="#333333", zorder=3)
+                    label = ""
+            axis.axvline(gap_of(arms, arms["none"], prompt), color=colour, linestyle=":", linewidth=1)
         axis.axvline(0, color="#444444", linewidth=0.8)
-        axis.set_yticks(range(len(shown)), shown)
-        axis.invert_yaxis()
-        axis.set_xlabel("points over the student without a teacher (dotted: its teacher)")
+        axis.set_xlabel("points over the student without a teacher")
         axis.set_title(name)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False)
+    axes[0][0].set_yticks(range(len(shown)), shown)
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(frameon=False, loc="lower right")
+    figure.suptitle("dots: seeds; dotted lines: the teacher", fontsize=9, color="#666666")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -179,10 +199,14 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/distillation"), help="where distillation.py left its teachers"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--finished", action="store_true", help="train nothing; report the runs that have ended")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     arms = ["none", *(arm for arm in given.arms if arm != "none")]
-    results = {name: run_set(given.data / name, given.out / name, given.seeds, arms) for name in given.sets}
+    results = {
+        name: run_set(given.data / name, given.out / name, given.seeds, arms, finished=given.finished)
+        for name in given.sets
+    }
     text = table(results)
     (given.out / "ablation.md").write_text(text + "\n", encoding="utf-8")
     plot(results, given.out / "ablation.png")

@@ -56,7 +56,12 @@ def scores_of(config: RunConfig) -> Scores:
     code = train(config)
     if code:
         sys.exit(code)
-    scores = read_lines(config.output_dir / "metrics.jsonl")["val"]
+    return scores_in(config.output_dir)
+
+
+def scores_in(run: Path) -> Scores:
+    """What the last validation of a run said."""
+    scores = read_lines(run / "metrics.jsonl")["val"]
     return Scores(*(100 * scores[f"{prompt}_miou"].values[-1] for prompt in Scores._fields))
 
 
