@@ -44,6 +44,7 @@ gpu-check: setup
 	$(BIN)/pytest -m cuda
 	$(BIN)/python benchmarks/step.py --device cuda
 	$(BIN)/python benchmarks/encoder.py --device cuda
+	$(BIN)/python benchmarks/attention.py --device cuda --kind vit_h
 
 bench: setup
 	$(BIN)/python benchmarks/step.py

@@ -9,6 +9,7 @@ import torch
 
 from samlet.errors import SamletError
 from samlet.models import Sam
+from samlet.models.attention import summed_bias
 from samlet.models.sam import block_index
 from samlet.models.tiny_vit import Attention as TinyAttention
 from samlet.models.vit import Attention as VitAttention
@@ -90,7 +91,7 @@ def test_a_windowed_row_is_that_of_the_window_without_its_padding(kind: str) -> 
     ]
     if isinstance(module, VitAttention):
         q, k, _ = qkv.view(len(qkv), 9, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = module._bias(q, (3, 3))
+        bias = summed_bias(*module.along_axes(q, (3, 3)))
     else:
         q, k, _ = qkv.view(len(qkv), 9, module.num_heads, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
         bias = module.bias()[None]

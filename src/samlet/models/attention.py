@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FEW_TOKENS = 1024  # a map, or window, whose bias is small
+WIDEST_HEAD = 256  # that fused kernels take
+
+
 def biased_attention(
     q: Float[Tensor, "n H L d"],
     k: Float[Tensor, "n H M d"],
@@ -28,6 +32,66 @@ def biased_attention(
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2) + bias
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def positioned_attention(
+    q: Float[Tensor, "n H L d"],
+    k: Float[Tensor, "n H L d"],
+    v: Float[Tensor, "n H L d"],
+    along_h: Float[Tensor, "n H L h"],
+    along_w: Float[Tensor, "n H L w"],
+) -> Float[Tensor, "n H L d"]:
+    """softmax(q k / sqrt(d) + along_h[row of the key] + along_w[its column]) v over a map of h x w = L tokens.
+
+    The L x L bias of all heads, 805 MB for ViT-B at 1024, is never whole in memory where the map is large: a CPU
+    takes one head at a time, to the same bits, and a GPU the form without a bias.
+    """
+    on_cpu = q.device.type == "cpu"
+    too_wide = q.shape[3] + sum(_sides(along_h, along_w)) > WIDEST_HEAD
+    if q.shape[2] <= FEW_TOKENS or (too_wide and not on_cpu):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=summed_bias(along_h, along_w))
+    if not on_cpu:
+        return attention_by_indicators(q, k, v, along_h, along_w)
+    heads = [slice(head, head + 1) for head in range(q.shape[1])]
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, head], k[:, head], v[:, head], summed_bias(along_h[:, head], along_w[:, head])
+        )
+        for head in heads
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def attention_by_indicators(
+    q: Float[Tensor, "n H L d"],
+    k: Float[Tensor, "n H L d"],
+    v: Float[Tensor, "n H L d"],
+    along_h: Float[Tensor, "n H L h"],
+    along_w: Float[Tensor, "n H L w"],
+) -> Float[Tensor, "n H L d"]:
+    """`positioned_attention` as plain attention, which fused kernels compute without ever writing the scores.
+
+    [q, sqrt(d) along_h, sqrt(d) along_w] . [k, e_row, e_column] / sqrt(d) = q k / sqrt(d) + along_h + along_w, with
+    unit vectors e: d + h + w channels (208 for ViT-H at 1024) in place of d and a bias. Values are padded to as many.
+    """
+    h, w = _sides(along_h, along_w)
+    width = q.shape[3]
+    rows = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)
+    columns = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
+    places = torch.cat([rows, columns], dim=1).expand(*k.shape[:2], -1, -1)
+    queries = torch.cat([q, along_h * math.sqrt(width), along_w * math.sqrt(width)], dim=3)
+    values = F.pad(v, (0, h + w))
+    keys = torch.cat([k, places], dim=3)
+    return F.scaled_dot_product_attention(queries, keys, values, scale=1 / math.sqrt(width))[..., :width]
+
+
+def _sides(along_h: Tensor, along_w: Tensor) -> tuple[int, int]:
+    return along_h.shape[3], along_w.shape[3]
+
+
+def summed_bias(along_h: Float[Tensor, "n H L h"], along_w: Float[Tensor, "n H L w"]) -> Float[Tensor, "n H L L"]:
+    """The bias of every pair (query, key)."""
+    return (along_h[..., :, None] + along_w[..., None, :]).flatten(3)
 
 
 def cells_at(places: Float[Tensor, "B Q 2"], size: tuple[int, int]) -> Int[Tensor, "B Q 2"]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samlet.models.attention import attention_rows, cells_at, tokens_at, within_windows
+from samlet.models.attention import attention_rows, cells_at, positioned_attention, tokens_at, within_windows
 from samlet.models.containers import module_list
 from samlet.models.norms import neck
 from samlet.models.windows import pad_to_multiple, partition, unpartition
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         n, length, channels = qkv.shape
         heads = qkv.view(n, length, 3, self.num_heads, channels // 3 // self.num_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(q, size))
+        out = positioned_attention(q, k, v, *self.along_axes(q, size))
         return out.transpose(1, 2).reshape(n, length, channels // 3)
 
     def rows(
@@ -81,12 +81,14 @@ class Attention(nn.Module):
     def _along(q: Float[Tensor, "B H Q d"], table: Float[Tensor, "2n-1 d"], index: Tensor) -> Float[Tensor, "B H Q n"]:
         return torch.einsum("bmqd,bqnd->bmqn", q, table[index].to(q.dtype))
 
-    def _bias(self, q: Float[Tensor, "n H L d"], size: tuple[int, int]) -> Float[Tensor, "n H L L"]:
+    def along_axes(
+        self, q: Float[Tensor, "n H L d"], size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "n H L h"], Float[Tensor, "n H L w"]]:
+        """What each query adds to the scores of the keys of every row, and of every column."""
         grid = torch.unflatten(q, 2, size)
         along_h = torch.einsum("nmhwd,hkd->nmhwk", grid, relative_positions(self.rel_pos_h, size[0]).to(q.dtype))
         along_w = torch.einsum("nmhwd,wkd->nmhwk", grid, relative_positions(self.rel_pos_w, size[1]).to(q.dtype))
-        bias = along_h[..., :, None] + along_w[..., None, :]
-        return bias.flatten(4).flatten(2, 3)
+        return along_h.flatten(2, 3), along_w.flatten(2, 3)
 
 
 class MLPBlock(nn.Module):
