@@ -259,6 +259,54 @@ def predict(
     )
 
 
+@app.command(epilog="Example: samlet masks runs/my photos/ --out masks/")
+def masks(
+    checkpoint: Annotated[str, typer.Argument(help="Weights, run or folder.")],
+    images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
+    out: Annotated[Path, typer.Option(help="Folder for masks.json (COCO), label PNGs and overlays.")],
+    points_per_side: Annotated[
+        int | None, typer.Option(min=1, help="Points along each side of the grid; as tuned, else 32.")
+    ] = None,
+    pred_iou_thresh: Annotated[
+        float | None, typer.Option(help="Masks stay that the model rates above it; as tuned, else 0.88.")
+    ] = None,
+    stability_thresh: Annotated[
+        float | None, typer.Option(help="Masks stay that are as stable; as tuned, else 0.95.")
+    ] = None,
+    crop_layers: Annotated[
+        int | None, typer.Option(min=0, help="Look again at 4, 16, ... crops, for small objects.")
+    ] = None,
+    min_area: Annotated[int | None, typer.Option(min=0, help="Fill holes and drop islands of fewer pixels.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Every point, as SAM does it, in place of the fast search.")
+    ] = False,
+    overlays: Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw the masks over the images.")] = True,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+) -> None:
+    """Segment everything on images; the same command goes on where it was stopped."""
+    from samlet.recipes.masks import masks
+
+    asked = {
+        "points_per_side": points_per_side,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_thresh,
+        "crop_n_layers": crop_layers,
+        "min_mask_region_area": min_area,
+    }
+    code = masks(
+        checkpoint,
+        images,
+        out=out,
+        thresholds={name: value for name, value in asked.items() if value is not None},
+        plain=plain,
+        overlays=overlays,
+        image_size=image_size,
+        device=device,
+    )
+    raise typer.Exit(code)
+
+
 @app.command(epilog="Example: samlet schema --out schema.json")
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; by default the terminal.")] = None,

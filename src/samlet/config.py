@@ -11,7 +11,7 @@ from pydantic import Field, SerializationInfo, ValidationError, model_serializer
 
 from samlet.artefacts import MANIFEST
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
-from samlet.distill.configs import DistillationConfig, ExtractionConfig, TeacherConfig
+from samlet.distill.configs import DistillationConfig, ExtractionConfig, MaskTeacherConfig, TeacherConfig
 from samlet.engine.configs import CheckpointConfig, LoggingConfig, TrainingConfig, ValidationConfig
 from samlet.errors import ConfigError
 from samlet.losses.configs import TaskLossConfig
@@ -55,7 +55,7 @@ class StageConfig(Overlay):
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         (
             *("seed", "output_dir", "resume", "model", "dataset", "teachers"),
-            *("extraction", "checkpoint", "logging", "stages"),
+            *("mask_teacher", "extraction", "checkpoint", "logging", "stages"),
         ),
         ONE_FOR_ALL,
     )
@@ -109,7 +109,9 @@ class RunConfig(StrictModel):
     distillation: DistillationConfig = DistillationConfig()
     """The loss against the teachers."""
     teachers: tuple[TeacherConfig, ...] = ()
-    """The teachers; used where distillation is enabled."""
+    """The teachers; used where distillation or mask_teacher is enabled."""
+    mask_teacher: MaskTeacherConfig = MaskTeacherConfig()
+    """A teacher's automatic masks as objects to learn."""
     extraction: ExtractionConfig = ExtractionConfig()
     """Computing the teachers' features ahead of time."""
     training: TrainingConfig = TrainingConfig()
@@ -127,6 +129,23 @@ class RunConfig(StrictModel):
         """Whether a teacher's features are read from its store."""
         by_all = self.distillation.use_precomputed_features
         return by_all if teacher.precomputed is None else teacher.precomputed
+
+    @property
+    def distills(self) -> bool:
+        """Whether any stage learns from what the teachers answer."""
+        return any(stage.distillation.enable for stage in self.resolved())
+
+    @property
+    def mask_source(self) -> TeacherConfig:
+        """The teacher whose automatic masks are learnt; only where `mask_teacher` is enabled."""
+        name = self.mask_teacher.teacher
+        return next(teacher for teacher in self.teachers if name in (None, teacher.name))
+
+    @property
+    def masks_are_stored(self) -> bool:
+        """Whether the automatic masks are read from that teacher's store."""
+        asked = self.mask_teacher.precomputed
+        return self.is_stored(self.mask_source) if asked is None else asked
 
     def store_of(self, teacher: TeacherConfig) -> Path:
         """The folder of a teacher's store.
@@ -158,6 +177,7 @@ class RunConfig(StrictModel):
         yield from self._stage_mistakes()
         yield from self._cache_mistakes()
         yield from self._store_mistakes()
+        yield from self._mask_mistakes()
         names = [teacher.name for teacher in self.teachers]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -166,7 +186,7 @@ class RunConfig(StrictModel):
             yield ("teachers",), "distillation.enable is true, but there is no teacher; name one with its checkpoint"
         if self.teachers and not sum(1.0 if t.weight is None else t.weight for t in self.teachers):
             yield ("teachers",), "every weight is 0; give one teacher a positive weight"
-        if self.dataset.unlabelled == "use" and not self.distillation.enable:
+        if self.dataset.unlabelled == "use" and not (self.distillation.enable or self.mask_teacher.enable):
             yield (
                 ("dataset", "unlabelled"),
                 "images without masks teach nothing without a teacher; enable distillation, or set it to 'refuse'",
@@ -214,6 +234,37 @@ class RunConfig(StrictModel):
                 ("distillation", "attention_matching", "encoder"),
                 "is read at places that each step draws anew, which no store can hold: leave it empty (the decoder's "
                 "attention works), or let the teacher run online",
+            )
+
+    def _mask_mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """Where a teacher's masks are learnt: whose, from where, and what does not go with them."""
+        masks = self.mask_teacher
+        if not masks.enable:
+            return
+        names = [teacher.name for teacher in self.teachers]
+        if not names:
+            yield ("teachers",), "mask_teacher.enable is true, but there is no teacher; name one with its checkpoint"
+        elif masks.teacher is not None and masks.teacher not in names:
+            yield ("mask_teacher", "teacher"), f"there is no such teacher; there are {', '.join(names)}"
+        elif self.masks_are_stored:
+            features_too = self.distillation.enable and any(self.is_stored(teacher) for teacher in self.teachers)
+            if self.distillation.precomputed_root is None and not features_too:
+                message = "is null; give the folder that `samlet extract` wrote the masks into"
+                yield ("distillation", "precomputed_root"), message
+        else:
+            if self.mask_source.checkpoint is None:
+                where = ("teachers", self.teachers.index(self.mask_source), "checkpoint")
+                yield where, "is null, and its automatic masks are found online; give its weights"
+            if self.distillation.enable and any(self.is_stored(teacher) for teacher in self.teachers):
+                yield (
+                    ("mask_teacher", "precomputed"),
+                    "what is stored of an image depends on its masks: set it to true, so that `samlet extract` finds "
+                    "them first, or let the teachers run online",
+                )
+        if masks.method == "replace_gt" and self.dataset.labelled_repeat > 1:
+            yield (
+                ("dataset", "labelled_repeat"),
+                "repeats images for their ground truth, which mask_teacher.method replace_gt does not read; set 1",
             )
 
     def _answer_mistakes(self) -> Iterable[tuple[Loc, str]]:

@@ -25,6 +25,7 @@ from samlet.config import RunConfig
 from samlet.data.dataset import Picture, Prompted, SegmentationDataset
 from samlet.data.sampler import SampleKey
 from samlet.distill.frames import prompts_at
+from samlet.distill.kept_masks import MaskFacts
 from samlet.distill.store import (
     Shard,
     bytes_per_image,
@@ -36,6 +37,7 @@ from samlet.distill.teacher import LiveTeacher
 from samlet.engine.device import memory_format, place
 from samlet.engine.memory import readable
 from samlet.errors import ConfigError, DataError, SamletError
+from samlet.labelling import StoredLabels, stored_masks, training_images, with_masks
 from samlet.models import load_sam
 from samlet.models.decoder_file import save_decoder
 from samlet.stores import decoder_taps_of, facts_of, identity_of
@@ -77,15 +79,23 @@ class Seen(NamedTuple):
     prompted: Prompted | None  # where the decoder's answers are stored, too
 
 
-def job_of(config: RunConfig, teacher: TeacherConfig, store: Path, shards: Sequence[ShardName] | None = None) -> str:
+def job_of(
+    config: RunConfig,
+    teacher: TeacherConfig,
+    store: Path,
+    shards: Sequence[ShardName] | None = None,
+    labels: StoredLabels | None = None,
+) -> str:
     """The work on one teacher's store as text, with absolute paths: it travels to other processes and machines.
 
-    `shards` are those that a `Plan` found unfinished; None: all are looked at.
+    `shards` are those that a `Plan` found unfinished; None: all are looked at. `labels` are the automatic masks that
+    training learns, on whose objects crops and prompts depend.
     """
     plain = config.model_dump(mode="json", by_alias=True)
     plain["dataset"]["root"] = str(config.dataset.root.absolute())
     plain["teachers"] = [{**teacher.model_dump(mode="json"), "checkpoint": str(_weights(teacher).absolute())}]
-    return json.dumps({"config": plain, "store": str(store.absolute()), "shards": shards})
+    masks = None if labels is None else {"root": str(labels.root.absolute()), "facts": labels.facts}
+    return json.dumps({"config": plain, "store": str(store.absolute()), "shards": shards, "labels": masks})
 
 
 def _weights(teacher: TeacherConfig) -> Path:
@@ -110,8 +120,10 @@ class Extractor:
         training = self.config.training
         cuda = torch.cuda.is_available() and training.device != "cpu"
         self.device = torch.device("cuda" if cuda else "cpu")
+        masks = given["labels"]
+        labels = None if masks is None else StoredLabels(Path(masks["root"]), MaskFacts(*masks["facts"]))
         self.splits: dict[str, SegmentationDataset] = {
-            split: pictures_of(self.config, split) for split in self.settings.splits
+            split: pictures_of(self.config, split, labels) for split in self.settings.splits
         }
         sam = load_sam(_weights(teacher), image_size=teacher.image_size or self.config.model.image_size)
         count = max(len(self.wanted(split)) for split in self.splits)
@@ -270,19 +282,19 @@ class Extractor:
         return torch.autocast(self.device.type, dtype=kind, enabled=kind != torch.float32)
 
 
-def pictures_of(config: RunConfig, split: str) -> SegmentationDataset:
+def pictures_of(config: RunConfig, split: str, labels: StoredLabels | None = None) -> SegmentationDataset:
     """The images of a split as the teacher sees them: in all variants, or without the colours of a run without them.
+
+    With `labels`, the training images have the objects that the configuration's method makes of these masks.
 
     Raises:
         DataError: there are none, or some are refused.
     """
     plain = config.augmentation.model_copy(update={"enable": False})
     kept = config.augmentation if config.augmentation.variants is not None else plain
-    data = config.dataset.build_train(
-        image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=kept
-    )
+    data = training_images(config.model_copy(update={"augmentation": kept}))
     if split == "train":
-        return data
+        return data if labels is None else with_masks(config, data, stored_masks(labels, data))
     return data.of_records(config.dataset.build_val(seed=config.seed).records).varied(data.prompts, plain.build())
 
 

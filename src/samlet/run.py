@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from samlet.engine.run_dir import RunDir
 from samlet.engine.step import TrainStep
 from samlet.engine.validation import ForgettingGuard
 from samlet.errors import CheckpointError, ConfigError
+from samlet.labelling import label_by_teacher, training_images
 from samlet.models import Sam
 from samlet.stores import stored_features, stores_of
 from samlet.types import Batch
@@ -111,19 +112,30 @@ class Run:
         return {**where, "stage": self.stage.name} if self.stage.name else where
 
 
-def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
-    """Data, student, teachers, optimizer, and the state of an earlier start if there is one."""
-    torch.manual_seed(config.seed)
+def set_up(
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunDir,
+    between_images: Callable[[], object] = lambda: None,
+    images_to_label: int | None = None,
+) -> Run:
+    """Data, student, teachers, optimizer, and the state of an earlier start if there is one.
+
+    Where a teacher's automatic masks are found, which may take hours, `between_images` is called, and may raise; and
+    only the first `images_to_label` in the order of the first epoch get any, where it is given.
+    """
     former = folder.read_config()
     refuse_other_config(plain_config(config), with_todays_keys(former) if former else None, folder)
     for sentence in names_taken(config.dataset):
         accelerator.print(sentence)
-    train_set = config.dataset.build_train(
-        image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
-    )
+    train_set, facts = training_images(config), dict[str, Any]()
     val_set = config.dataset.build_val(seed=config.seed)
     pictures = len({record.image_id for record in train_set.records})  # a labelled one may stand there several times
     accelerator.print(f"{config.dataset.root}: {pictures} images to train on, {len(val_set)} to validate on")
+    if config.mask_teacher.enable:
+        limits: dict[str, Any] = {"advance": between_images, "most": images_to_label}
+        train_set, facts = label_by_teacher(config, train_set, accelerator, folder, **limits)
+    torch.manual_seed(config.seed)
     stores = stores_of(config, train_set)
     for name, reader in stores.items():
         accelerator.print(f"{name}: features from {reader.root} ({reader.identity.dtype})")
@@ -169,7 +181,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, folder: RunDir) -> Run:
     if accelerator.is_main_process:
         images = [(record.image_id, record.image_path) for record in (*train_set.records, *val_set.records)]
         folder.write_config(plain_config(config))
-        folder.update_facts(**facts_of_start(plain_config(config), accelerator.num_processes, images))
+        folder.update_facts(**facts_of_start(plain_config(config), accelerator.num_processes, images), **facts)
     return run
 
 

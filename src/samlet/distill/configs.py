@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from samlet.losses.configs import (
     RkdConfig,
 )
 from samlet.schema import ExistingPath, Loc, StrictModel
+
+if TYPE_CHECKING:
+    from samlet.models.amg import AmgSettings
 
 TermConfig = (
     EncoderPatchConfig
@@ -79,6 +82,47 @@ class ExtractionConfig(StrictModel):
     """Threads that read images and write features beside the network."""
     images_per_shard: int = Field(64, ge=1)
     """About so many images, or variants of images, form the piece of work that one process claims."""
+
+
+class MaskTeacherConfig(StrictModel):
+    """A teacher's automatic masks as objects to learn: pseudo-labels, found before the first step."""
+
+    enable: bool = False
+    """Train on the automatic masks of a teacher; its features are another matter (distillation.enable)."""
+    method: Literal["replace_gt", "dual_supervision", "gt_override"] = "gt_override"
+    """replace_gt: the teacher's masks are the only objects and no mask of the ground truth is opened. gt_override: the
+    ground truth, and those masks of the teacher that cover none of its objects. dual_supervision: both, all of them; a
+    point under which both lie learns both. Images without masks are labelled by the teacher alone."""
+    iou_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """gt_override: a teacher's mask whose IoU with an object of the ground truth reaches this gives way to it."""
+    teacher: str | None = None
+    """Which of `teachers`, by name; null: the first."""
+    precomputed: bool | None = None
+    """Read the masks from the teacher's store, where `samlet extract` put them; false: find them when the run starts,
+    and keep them in output_dir; null: as that teacher's features."""
+    points_per_side: int = Field(32, ge=1)
+    """The teacher is asked at a grid of so many points on each side."""
+    pred_iou_thresh: Annotated[float, Field(ge=0, le=1)] = 0.88
+    """Masks that the teacher itself rates below this IoU are dropped."""
+    stability_score_thresh: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Masks that change more than this when their threshold moves are dropped."""
+    box_nms_thresh: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Of two masks whose boxes overlap by more than this IoU the better one stays."""
+    crop_n_layers: int = Field(0, ge=0, le=4)
+    """Look again at 4^i crops for each layer i up to this: smaller objects, more time."""
+    min_mask_region_area: int = Field(0, ge=0)
+    """Holes and islands of fewer pixels of the original image are filled and removed."""
+    points_per_batch: int = Field(64, ge=1)
+    """Points that are asked at once: device memory; the masks do not depend on it."""
+    fast: bool = True
+    """The fast search (fewer points where the teacher is sure); false: the plain one, point by point."""
+
+    def generator(self) -> AmgSettings:
+        """The settings of the mask generator."""
+        from samlet.models.amg import AmgSettings
+
+        ours = {"enable", "method", "iou_threshold", "teacher", "precomputed"}
+        return AmgSettings(**{name: getattr(self, name) for name in type(self).model_fields if name not in ours})
 
 
 class DynamicLambdaConfig(StrictModel):

@@ -19,7 +19,10 @@ from samlet.errors import ConfigError
 if TYPE_CHECKING:
     from samlet.engine.run_dir import RunDir
 
-WITHOUT_EFFECT = ("$schema", "output_dir", "resume", "training.num_workers", "training.device", "logging", "checkpoint")
+WITHOUT_EFFECT = (
+    *("$schema", "output_dir", "resume", "training.num_workers", "training.device", "logging", "checkpoint"),
+    "mask_teacher.points_per_batch",
+)
 """Keys that may differ between two starts of one run: the weights do not depend on them."""
 
 
@@ -94,7 +97,10 @@ def _with_effect(plain: Mapping[str, Any]) -> dict[str, Any]:
         block.pop(last, None)
     parts: list[dict[str, Any]] = [kept, *kept.get("stages", ())]
     if not any(block.get("distillation", {}).get("enable") for block in parts):
-        kept["distillation"], kept["teachers"] = {"enable": False}, []
+        kept["distillation"] = {"enable": False}
+        kept["teachers"] = kept["teachers"] if kept.get("mask_teacher", {}).get("enable") else []
+    if not kept.get("mask_teacher", {}).get("enable"):
+        kept["mask_teacher"] = {"enable": False}
     return kept
 
 

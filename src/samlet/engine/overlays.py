@@ -83,6 +83,38 @@ def save_answer(
     write_file(path, lambda place: smooth.save(place, format="PNG", optimize=True))
 
 
+def save_numbered(path: Path, image: UInt8[np.ndarray, "H W 3"], labels: Int[np.ndarray, "H W"]) -> None:
+    """One picture as a PNG: the image under translucent, outlined regions, a colour a number, 0 left as it is.
+
+    Raises:
+        ValueError: numbers that are not of the image's size.
+        SamletError: the file cannot be written.
+    """
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"labels must be of the image's size {image.shape[:2]}, got {labels.shape}")
+    canvas = _canvas(image, min(max(*image.shape[:2], 640), 1280))
+    finer = Image.fromarray(labels.astype(np.int32)).resize(canvas.size, Image.Resampling.NEAREST)
+    numbers, pixels = np.asarray(finer), np.asarray(canvas).astype(np.float32)
+    colours = np.array(PALETTE, np.float32)[(numbers - 1) % len(PALETTE)]
+    opacity = np.where(_edges(numbers), 1.0, FILL) * (numbers > 0)
+    blended = pixels + (colours - pixels) * opacity[..., None].astype(np.float32)
+    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    smooth = drawn.resize((canvas.width // FINER, canvas.height // FINER), Image.Resampling.LANCZOS)
+    write_file(path, lambda place: smooth.save(place, format="PNG"))
+
+
+def _edges(numbers: Int[np.ndarray, "H W"], width: int = 2) -> Bool[np.ndarray, "H W"]:
+    """Where a pixel's number differs from one up to `width` pixels away."""
+    found = np.zeros(numbers.shape, np.bool_)
+    for step in range(1, width + 1):
+        across, down = numbers[:, step:] != numbers[:, :-step], numbers[step:] != numbers[:-step]
+        found[:, step:] |= across
+        found[:, :-step] |= across
+        found[step:] |= down
+        found[:-step] |= down
+    return found
+
+
 def mean_iou(masks: Bool[np.ndarray, "O H W"], truth: Bool[np.ndarray, "O H W"]) -> float:
     """Mean over objects of intersection over union; 0 where both are empty."""
     both = (masks & truth).sum(axis=(1, 2))

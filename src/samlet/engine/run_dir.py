@@ -5,6 +5,7 @@ run.json           versions, seeds, digests, outcome   tensorboard/    the same 
 curves.png         metrics over steps                  overlays/       fixed validation images, at each validation
 best/              the best student so far             checkpoints/    what resume needs
 embeddings/        what a frozen encoder said, where the configuration wants it kept
+automatic_masks/   the teacher's pseudo-labels, where the run finds them itself
 student.safetensors, mobile_sam.pt                     the best student, once the run has ended
 """
 
@@ -48,6 +49,7 @@ class RunDir:
         self.best = path / "best"
         self.checkpoints = path / "checkpoints"
         self.embeddings = path / "embeddings"
+        self.automatic_masks = path / "automatic_masks"
         self._lock = path / ".lock"
         self._holder = path / ".lock-holder"  # beside the lock, whose content is the locking library's
         self._began = False  # this start has written run.json
@@ -205,11 +207,14 @@ class RunDir:
             return None
         return dict(YAML(typ="safe").load(self.config.read_text(encoding="utf-8")))
 
+    def read_facts(self) -> dict[str, Any]:
+        """What run.json says; nothing where there is none."""
+        return dict(json.loads(self.facts.read_text(encoding="utf-8"))) if self.facts.exists() else {}
+
     def update_facts(self, **facts: Any) -> None:
         """Merge facts into run.json."""
         self._began = True
-        known = json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.exists() else {}
-        write_json(self.facts, {**known, **facts})
+        write_json(self.facts, {**self.read_facts(), **facts})
 
 
 def _take_back(places: list[Path]) -> None:

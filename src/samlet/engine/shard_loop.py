@@ -119,11 +119,11 @@ def _settle(
 class ImageCount:
     """Counts images: a bar with an ETA on a terminal, lines elsewhere, nothing in ranks other than the first."""
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None, what: str = "extract") -> None:
         self.total, self.done = total, 0
         self._bar = image_bar()
         self._bar.console.quiet = os.environ.get("RANK", "0") != "0"
-        self._task = self._bar.add_task("extract", total=total)
+        self._task = self._bar.add_task(what, total=total)
         self._began = self._last_line = time.monotonic()
         self._said = ""
 

@@ -46,8 +46,9 @@ from samlet.engine.run_dir import RunDir
 from samlet.engine.step import Counts, count_images
 from samlet.errors import SamletError
 from samlet.extraction import pictures_of
+from samlet.labelling import stored_labels
 from samlet.recipes import train
-from samlet.run import Run, Stage, set_up
+from samlet.run import BATCHES_TO_MEASURE, Run, Stage, set_up
 
 STEPS = 2
 IMAGES = 2  # that a validation is timed on
@@ -89,7 +90,7 @@ def examine(config: RunConfig, place: Path) -> dict[str, Any]:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     with _saying("reading data and models") as say:
-        run = set_up(changed, accelerator, RunDir(place))
+        run = set_up(changed, accelerator, RunDir(place), images_to_label=images_needed(config))
         reports = []
         for number, stage in enumerate(run.stages[run.state.stage :], start=run.state.stage):
             say(f"{f'stage {stage.name}: ' if stage.name else ''}two steps")
@@ -111,6 +112,15 @@ def examine(config: RunConfig, place: Path) -> dict[str, Any]:
         "findings": found + report["findings"],
         "healthy": healthy,
     }
+
+
+def images_needed(config: RunConfig) -> int:
+    """How many of the first images the examination may look at."""
+    steps = [
+        max(STEPS * stage.training.accumulation, BATCHES_TO_MEASURE) * stage.training.batch_size
+        for stage in config.resolved()
+    ]
+    return max(steps)
 
 
 def examine_stage(run: Run, num_workers: int) -> StageReport:
@@ -186,7 +196,8 @@ def read_store(run: Run, stage: Stage, stored: StoredTeacher, images: Sequence[s
     (live,) = team.teachers
     assert isinstance(live, LiveTeacher)
     reader = StoreReader(config.store_of(given), "train")
-    pictures = pictures_of(config, "train")
+    labels = stored_labels(config) if config.mask_teacher.enable else None
+    pictures = pictures_of(config, "train", labels)
     now, then = [], []
     for image_id in images:
         pixels = pictures.picture(SampleKey(0, pictures.image_ids.index(image_id))).pixels

@@ -84,9 +84,9 @@ def open_store(root: Path, identity: Identity, write_decoder: Callable[[Path], o
         if not (root / MANIFEST).exists():
             _begin(root, identity, write_decoder)
         store = read_store(root)
-        if found := next(_differences(plain(store.identity), plain(identity), _FREE), None):
+        if found := next(differences(plain(store.identity), plain(identity), _FREE), None):
             remedy = f"give another folder, or remove {root} if nobody needs it"
-            raise SamletError(f"{root}: is a store of other features: {_described(*found)}; {remedy}")
+            raise SamletError(f"{root}: is a store of other features: {described(*found)}; {remedy}")
         if not _is_intact(root, store):
             write_file(root / DECODER, write_decoder)
             _share(root)
@@ -159,9 +159,9 @@ def refuse_stale(root: Path, wanted: Identity, command: str) -> Identity:
         new["outputs"] = old["outputs"]
     elif stored.outputs is not None:
         new["outputs"] = {**old["outputs"], **new["outputs"]}
-    if found := next(_differences(old, new, _FREE), None):
+    if found := next(differences(old, new, _FREE), None):
         raise SamletError(
-            f"{root}: its features are stale: {_described(*found)}; "
+            f"{root}: its features are stale: {described(*found)}; "
             f"move or remove the store, or name another, then `{command}` computes them"
         )
     return stored
@@ -214,19 +214,20 @@ def _locked(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _differences(
+def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], skipped: frozenset[str] = frozenset(), above: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """Field, stored and wanted value, in the order of the fields; within blocks the key that differs."""
     for key in [*stored, *(key for key in wanted if key not in stored)]:
         old, new = stored.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, frozenset(), f"{above}{key}.")
+            yield from differences(old, new, frozenset(), f"{above}{key}.")
         elif key not in skipped and (old != new or (key in stored) != (key in wanted)):
             yield f"{above}{key}", old, new
 
 
-def _described(field: str, stored: Any, wanted: Any) -> str:
+def described(field: str, stored: Any, wanted: Any) -> str:
+    """A difference as people read it, digests cut short."""
     return f"{field} is {_short(stored)} there, {_short(wanted)} is wanted"
 
 
