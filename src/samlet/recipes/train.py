@@ -32,6 +32,7 @@ from samlet.engine.processes import agreed, gather_random_states, gathered, toge
 from samlet.engine.progress import StepProgress, shown_terms
 from samlet.engine.run_dir import RunDir
 from samlet.engine.schedule import learning_rate
+from samlet.engine.shard_loop import Stopped
 from samlet.engine.signals import StopRequest, leave_signals_to_the_run, listen_for_stop
 from samlet.engine.step import Counts, count_images
 from samlet.engine.validation import draw_overlays, validate
@@ -53,7 +54,7 @@ def train(config: RunConfig) -> int:
     alone = folder.locked() if accelerator.is_main_process else nullcontext()
     with alone, together(accelerator), listen_for_stop() as stop:
         try:
-            run = set_up(config, accelerator, folder)
+            run = set_up(config, accelerator, folder, between_images=lambda: _refuse_to_go_on(stop))
             if not run.state.finished:
                 fit(run, stop)
                 accelerator.print(f"peak memory {readable(peak_memory(accelerator.device))}")
@@ -63,9 +64,16 @@ def train(config: RunConfig) -> int:
                 plot_curves(folder.metrics, folder.curves)
             if accelerator.is_main_process and not run.state.finished:
                 folder.update_facts(outcome=f"stopped by signal {stop.signal} at step {run.state.step}")
+        except Stopped:  # before the first step: what was prepared so far is kept
+            return stop.exit_code
         finally:
             folder.close()
     return 0 if run.state.finished else stop.exit_code
+
+
+def _refuse_to_go_on(stop: StopRequest) -> None:
+    if stop.signal is not None:
+        raise Stopped
 
 
 def wrap(run: Run) -> None:
