@@ -3,8 +3,8 @@
     python benchmarks/attention.py [--kind vit_b] [--image-size 1024] [--device cpu] [--threads 1]
 
 One block, batch 1, random weights. `whole bias`: the L x L bias of all heads at once; `indicators`: plain attention of
-wider heads, what samlet does on a GPU; `samlet`: what it does here, on a CPU one head at a time. The limit is that of the products alone,
-4 H L^2 d operations at the machine's measured matmul rate.
+wider heads, what samlet does on a GPU; `samlet`: what it does here, on a CPU one head at a time. The limit is that of
+the products alone, 4 H L^2 d operations at the machine's measured matmul rate.
 """
 
 from __future__ import annotations
