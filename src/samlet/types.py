@@ -39,12 +39,16 @@ class ImageFeatures(NamedTuple):
 
 
 class MaskOutput(NamedTuple):
-    """What `Sam.decode` returns for P prompts and M masks each (M = 4: the single mask, then the three)."""
+    """What `Sam.decode` returns for P prompts and M masks each (M = 4: the single mask, then the three).
+
+    Asked with `min_iou`, it has rows for the prompts marked in `kept` only.
+    """
 
     low_res_logits: Float[Tensor, "P M h w"]  # a mask is where logits > 0
     iou_predictions: Float[Tensor, "P M"]  # raw regression, no sigmoid
     mask_tokens: Float[Tensor, "P 4 256"]
     taps: dict[str, Tensor]
+    kept: Bool[Tensor, "P"] | None = None
 
 
 class Sample(NamedTuple):
@@ -53,13 +57,15 @@ class Sample(NamedTuple):
     pixels: Float[Tensor, "3 S S"]  # normalised, then padded with zeros
     input_size: tuple[int, int]  # (H, W) of the unpadded part of the input frame
     prompts: Prompts  # image_index is 0 throughout
-    masks: Float[Tensor, "P h w"]  # ground truth on the low-res grid: covered share of each cell, 0..1
-    labelled: Bool[Tensor, "P"]  # False: the prompt was drawn without ground truth, `masks` is zero there
+    masks: Float[Tensor, "O h w"]  # ground truth on the low-res grid: covered share of each cell, 0..1
+    labelled: Bool[Tensor, "P"]  # False: the prompt was drawn without ground truth, its mask is zero
     image_id: str
     skipped: tuple[str, ...] = ()  # what could not be used on the way to this sample, one sentence each
     embedding: Float[Tensor, "256 h w"] | None = None  # the frozen student's, where it was computed before
     stored: dict[str, Tensor] | None = None  # what teachers' stores hold of it, as stored: "teacher/feature"
     answers: dict[str, Tensor] | None = None  # and of its prompts, a row each
+    target_of: Int[Tensor, "P"] | None = None  # which of `masks` is whose; None: one a prompt, in their order
+    background: Bool[Tensor, "P"] | None = None  # True: known to lie on no object; None: no prompt is
 
 
 class Batch(NamedTuple):
@@ -68,7 +74,7 @@ class Batch(NamedTuple):
     pixels: Float[Tensor, "B 3 S S"]
     input_sizes: Int[Tensor, "B 2"]
     prompts: Prompts
-    masks: Float[Tensor, "P h w"]
+    masks: Float[Tensor, "O h w"]
     labelled: Bool[Tensor, "P"]
     image_ids: tuple[str, ...]
     skipped: tuple[str, ...] = ()  # of all its samples
@@ -76,6 +82,8 @@ class Batch(NamedTuple):
     embedding: Float[Tensor, "B 256 h w"] | None = None  # the frozen student's, in place of running its image encoder
     stored: dict[str, Tensor] | None = None  # what teachers' stores hold of its images, as stored: "teacher/feature"
     answers: dict[str, Tensor] | None = None  # and of its prompts, a row each
+    target_of: Int[Tensor, "P"] | None = None  # which of `masks` is whose; None: one a prompt, in their order
+    background: Bool[Tensor, "P"] | None = None  # True: known to lie on no object; None: no prompt is
 
 
 class Terms(NamedTuple):

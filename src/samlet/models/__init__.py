@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from samlet.models.amg import AmgSettings as AmgSettings
+    from samlet.models.amg import AutomaticMaskGenerator as AutomaticMaskGenerator
+    from samlet.models.amg import AutomaticMasks as AutomaticMasks
     from samlet.models.arch import infer_arch as infer_arch
     from samlet.models.build import build_sam as build_sam
     from samlet.models.checkpoints import load_sam as load_sam
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from samlet.models.sam import Sam as Sam
 
 _HOME = {
+    "AmgSettings": "samlet.models.amg.settings",
+    "AutomaticMaskGenerator": "samlet.models.amg.generator",
+    "AutomaticMasks": "samlet.models.amg.found",
     "EncoderConfig": "samlet.models.configs",
     "ModelConfig": "samlet.models.configs",
     "Predictor": "samlet.models.predictor",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 STUDENT = "student.safetensors"  # in a run's checkpoint directory
 METADATA = "samlet"  # the only key of our safetensors' metadata: several would be written in random order
+PIXEL_BUFFERS = {"pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}  # constants that some tools save with the weights
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80"
 
 
@@ -70,6 +71,19 @@ def load_sam(path: Path | str, image_size: int | None = None, **overrides: Any) 
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"{file}: does not fit a SAM-1 model: {_first_line(error)}") from error
     return sam.eval()
+
+
+def digest_of_weights(path: Path | str) -> str:
+    """sha256 over the tensors that `load_sam` finds, the same for one model in any of its files.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or foreign.
+    """
+    file, is_hf = _locate(Path(path))
+    state, _ = read_tensors(file)
+    if is_hf:
+        state = hf.to_upstream(state)
+    return digest_of({name: tensor for name, tensor in state.items() if name not in PIXEL_BUFFERS}, {})
 
 
 def copy_decoder(donor: Sam, sam: Sam) -> None:
@@ -250,7 +264,7 @@ def _sides(tensor: Tensor) -> str:
 
 def _drop_pixel_buffers(state: dict[str, Tensor]) -> None:
     """Upstream computes them; some tools save them. They are constants."""
-    for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+    for name, value in PIXEL_BUFFERS.items():
         found = state.pop(name, None)
         expected = torch.tensor(value)
         if found is None:

@@ -64,12 +64,16 @@ class Embedded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Answers to P prompts: the masks asked for, all IoU estimates, mask tokens and the taps asked for."""
+    """Answers to P prompts: the masks asked for, all IoU estimates, mask tokens and the taps asked for.
+
+    `kept`: of all prompts, those that the rows answer, where some were to be left out.
+    """
 
     masks: Float[Tensor, "P M H W"]
     iou: Float[Tensor, "P 4"]
     mask_tokens: Float[Tensor, "P 4 256"]
     taps: list[Float[Tensor, "P *shape"]]
+    kept: Bool[Tensor, "P"] | None
 
 
 class MaskDecoder(nn.Module):
@@ -99,30 +103,37 @@ class MaskDecoder(nn.Module):
         *,
         masks: slice,
         taps: Sequence[str] = (),
+        min_iou: float | None = None,
     ) -> Decoded:
         """Decode all prompts of all images; `masks` chooses which of the four, `taps` (`tap_names`) what else.
 
+        Prompts with no mask of an estimate above `min_iou` are left out before anything is upscaled.
         On a CPU, where no gradient is wanted, a few prompts at a time: the same answers, out of the cache.
         """
         grid = (embedding.shape[2], embedding.shape[3])
         tokens = embedding.flatten(2).transpose(1, 2).contiguous()
         pe = image_pe.flatten(2).transpose(1, 2)[0]
         shared = tokens + no_mask
-        kept = [name.removeprefix(ATTENTION) for name in taps if name.startswith(ATTENTION)]
+        shown = [name.removeprefix(ATTENTION) for name in taps if name.startswith(ATTENTION)]
 
         def decode(part: Embedded) -> Decoded:
             if part.dense is None:
                 image = rows(shared, part.image_index)
             else:
                 image = rows(tokens, part.image_index) + part.dense.flatten(2).transpose(1, 2)
-            seen = self.transformer(self._tokens(part), image, pe, self._present(part), kept)
+            seen = self.transformer(self._tokens(part), image, pe, self._present(part), shown)
+            iou, kept = self.iou_prediction_head(seen.tokens[:, 0]), None
+            if min_iou is not None:
+                kept = (iou[:, masks] > min_iou).any(dim=1)
+                seen, iou = seen.take(kept), iou[kept]
             mask_tokens = seen.tokens[:, 1 : 1 + NUM_MASKS]
             vectors, finest = self._hypernetworks(mask_tokens, masks), self._upscaled(seen.streams[-1])
             return Decoded(
                 in_pixels(finest.flatten(1, -2) @ vectors, grid),
-                self.iou_prediction_head(seen.tokens[:, 0]),
+                iou,
                 mask_tokens,
                 [tapped(name, seen, vectors, finest, grid) for name in taps],
+                kept,
             )
 
         chunked = embedding.device.type == "cpu" and not torch.is_grad_enabled()
@@ -198,9 +209,11 @@ def subpixels(tokens: Float[Tensor, "*batch I"], conv: nn.Module) -> Float[Tenso
 
 
 def _join(parts: list[Decoded]) -> Decoded:
+    kept = [part.kept for part in parts if part.kept is not None]
     return Decoded(
         torch.cat([part.masks for part in parts]),
         torch.cat([part.iou for part in parts]),
         torch.cat([part.mask_tokens for part in parts]),
         [torch.cat(taps) for taps in zip(*(part.taps for part in parts), strict=True)],
+        torch.cat(kept) if kept else None,
     )

@@ -51,6 +51,17 @@ def make_prompts(
     return Prompts(image_index, torch.cat(coords, 1), torch.cat(kinds, 1), mask_input)
 
 
+def check_image(image: object) -> None:
+    """Refuse what is no RGB image.
+
+    Raises:
+        SamletError: not an (H, W, 3) array of uint8.
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise SamletError(f"image: must be a numpy array of uint8 and shape (H, W, 3), not {found}")
+
+
 class Predictor:
     """Encode an image once with `set_image`, then ask for masks as often as you like."""
 
@@ -83,9 +94,7 @@ class Predictor:
         """
         if image_format not in ("RGB", "BGR"):
             raise SamletError(f"image_format '{image_format}': must be RGB or BGR")
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise SamletError(f"image: must be a numpy array of uint8 and shape (H, W, 3), not {found}")
+        check_image(image)
         rgb = np.ascontiguousarray(image[..., ::-1]) if image_format == "BGR" else image
         pixels, input_size = preprocess(rgb, self.model.image_size)
         self._encode(pixels[None], input_size, (image.shape[0], image.shape[1]))

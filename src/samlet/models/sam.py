@@ -85,8 +85,12 @@ class Sam(nn.Module):
         prompts: Prompts,
         multimask_output: bool | None = None,
         taps: Sequence[str] = (),
+        min_iou: float | None = None,
     ) -> MaskOutput:
         """Masks for P prompts on B images, in any order. None: all four masks; True: the three; False: the single one.
+
+        `min_iou`: prompts that have no mask of a higher estimate are not upscaled and have no row; `kept` marks the
+        others, whose answers are what they are without it.
 
         Taps: `prompted.0`, the image stream (embedding + dense prompt) as it enters the two-way transformer, and
         `prompted.k`, the stream after its k-th layer; `upscaled`, the features of the masks' pixels, P x 32 x 4h x 4w,
@@ -102,10 +106,10 @@ class Sam(nn.Module):
         embedded = self._embed(prompts, embedding)
         no_mask = self.prompt_encoder.no_mask_embed.weight[0]
         image_pe = self.prompt_encoder.get_dense_pe((embedding.shape[2], embedding.shape[3])).to(no_mask.dtype)
-        out = self.mask_decoder(embedding, no_mask, image_pe, embedded, masks=MASKS[multimask_output], taps=taps)
-        return MaskOutput(
-            out.masks, out.iou[:, MASKS[multimask_output]], out.mask_tokens, dict(zip(taps, out.taps, strict=True))
-        )
+        masks = MASKS[multimask_output]
+        out = self.mask_decoder(embedding, no_mask, image_pe, embedded, masks=masks, taps=taps, min_iou=min_iou)
+        found = dict(zip(taps, out.taps, strict=True))
+        return MaskOutput(out.masks, out.iou[:, masks], out.mask_tokens, found, out.kept)
 
     def tap_names(self) -> tuple[str, ...]:
         """The maps that `encode` can be asked for; `blocks.-1` counts from the end."""

@@ -200,6 +200,11 @@ class Transformed(NamedTuple):
     streams: list[Float[Tensor, "#P L C"]]  # the image stream before the first layer and after each
     attention: dict[str, Tensor]  # the maps asked for
 
+    def take(self, rows: Bool[Tensor, "P"]) -> Transformed:
+        """Some of the prompts; a stream of one row stays that of all."""
+        streams = [stream if stream.shape[0] == 1 else stream[rows] for stream in self.streams]
+        return Transformed(self.tokens[rows], streams, {name: value[rows] for name, value in self.attention.items()})
+
 
 class TwoWayTransformer(nn.Module):
     """Layers of TwoWayAttentionBlock, then a last look of the tokens at the image."""
