@@ -153,7 +153,7 @@ def cost_of(bench: Bench, student: Sam, batch: Batch, terms: dict[str, dict[str,
     def run() -> None:
         step.zero_grad()
         with bench.autocast():
-            loss, _ = step(batch, lessons, Counts(1, 1))
+            loss, _ = step(batch, lessons, Counts(1, 1, 1))
         loss.backward()
 
     run()

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import plain
 from benchmarks.machine import Bench, Ceilings, Report, add_options, flops_of, start
 from benchmarks.models import build, command
+from samlet.data.batches import collate
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
-from samlet.data.dataset import SegmentationDataset, collate
+from samlet.data.dataset import SegmentationDataset
 from samlet.data.sampler import SampleKey
 from samlet.data.synthetic import write_dataset
 from samlet.distill.configs import DistillationConfig

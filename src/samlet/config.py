@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializationInfo, ValidationError, model_serializer
 
 from samlet.artefacts import MANIFEST
-from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
+from samlet.data.configs import AugmentationConfig, DatasetConfig, EverythingConfig, PromptConfig
 from samlet.distill.configs import DistillationConfig, ExtractionConfig, MaskTeacherConfig, TeacherConfig
 from samlet.engine.configs import CheckpointConfig, LoggingConfig, TrainingConfig, ValidationConfig
 from samlet.errors import ConfigError
@@ -54,7 +54,7 @@ class StageConfig(Overlay):
 
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         (
-            *("seed", "output_dir", "resume", "model", "dataset", "teachers"),
+            *("seed", "output_dir", "resume", "model", "dataset", "everything", "teachers"),
             *("mask_teacher", "extraction", "checkpoint", "logging", "stages"),
         ),
         ONE_FOR_ALL,
@@ -100,6 +100,8 @@ class RunConfig(StrictModel):
     """The student."""
     dataset: DatasetConfig
     """The images and masks."""
+    everything: EverythingConfig = EverythingConfig()
+    """Which points of the grid are learnt, and what, where `dataset.mode` is everything."""
     prompts: PromptConfig = PromptConfig()
     """How points and boxes are drawn from masks."""
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -177,6 +179,7 @@ class RunConfig(StrictModel):
         yield from self._stage_mistakes()
         yield from self._cache_mistakes()
         yield from self._store_mistakes()
+        yield from self._everything_mistakes()
         yield from self._mask_mistakes()
         names = [teacher.name for teacher in self.teachers]
         for index, name in enumerate(names):
@@ -265,6 +268,23 @@ class RunConfig(StrictModel):
             yield (
                 ("dataset", "labelled_repeat"),
                 "repeats images for their ground truth, which mask_teacher.method replace_gt does not read; set 1",
+            )
+
+    def _everything_mistakes(self) -> Iterable[tuple[Loc, str]]:
+        """What does not go with the points of a grid."""
+        if self.dataset.mode != "everything":
+            return
+        if self.everything.unlabelled == "teacher" and not any(stage.distillation.enable for stage in self.resolved()):
+            yield (
+                ("everything", "unlabelled"),
+                "leaves points beside the objects to the teachers, and nothing is distilled; enable distillation, or "
+                "set it to ignore or negative",
+            )
+        if self.extraction.decoder_outputs:
+            yield (
+                ("extraction", "decoder_outputs"),
+                "holds one answer for each object, and mode everything asks about points; set it to false (the "
+                "teachers' decoders then run beside the training)",
             )
 
     def _answer_mistakes(self) -> Iterable[tuple[Loc, str]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from samlet.data.dataset import SegmentationDataset
 from samlet.data.sampler import epoch_order
-from samlet.distill.kept_masks import Kept, KeptMasks, MaskFacts, mask_file, read_masks
+from samlet.distill.kept_masks import FOLDER, Kept, KeptMasks, MaskFacts, mask_file, read_masks
 from samlet.distill.pseudo_labels import pseudo_labelled
 from samlet.distill.store.identity import described, differences
 from samlet.engine.automatic_masks import Asked, Find, ImageToMask, compute, look_at_all, tidy
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from samlet.engine.run_dir import RunDir
     from samlet.models.sam import Sam
 
-FOLDER = "automatic_masks"  # in a teacher's store
 KEY = "mask_teacher"  # in run.json
 
 
@@ -59,7 +58,11 @@ def training_images(config: RunConfig) -> SegmentationDataset:
     if masks.enable and masks.method == "replace_gt" and dataset.unlabelled == "refuse":
         dataset = dataset.model_copy(update={"unlabelled": "use"})
     return dataset.build_train(
-        image_size=config.model.image_size, seed=config.seed, prompts=config.prompts, augmentation=config.augmentation
+        image_size=config.model.image_size,
+        seed=config.seed,
+        prompts=config.prompts,
+        augmentation=config.augmentation,
+        everything=config.everything,
     )
 
 

@@ -200,7 +200,8 @@ def set_up_stages(
     projections = Projections()
     stages = []
     for name, found in zip(names, resolved, strict=True):
-        step = build_step(student, found.loss, found.distillation, found.prompts, projections)
+        chunk = found.training.prompts_per_chunk
+        step = build_step(student, found.loss, found.distillation, found.prompts, projections, prompts_per_chunk=chunk)
         team = build_team(found.teachers, models, stores, step)
         data = train_set.varied(found.prompts.build(found.dataset.mode), found.augmentation.build())
         steps = Pace.of(len(data), found.training).steps(found.training)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from samlet.data.batches import collate
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
-from samlet.data.dataset import SegmentationDataset, ValidationSet, collate
+from samlet.data.dataset import SegmentationDataset, ValidationSet
 from samlet.data.masks import centre_point
 from samlet.data.prompts import PromptSettings
 from samlet.data.records import MaskFiles

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from samlet.data.batches import collate
 from samlet.data.configs import AugmentationConfig, PromptConfig
-from samlet.data.dataset import SegmentationDataset, collate
+from samlet.data.dataset import SegmentationDataset
 from samlet.data.sampler import SampleKey, StepSampler, epoch_order
 from samlet.errors import DataError
 from samlet.types import Batch, Prompts

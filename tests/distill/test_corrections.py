@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
-from samlet.data.dataset import collate
+from samlet.data.batches import collate
 from samlet.data.sampler import SampleKey
 from samlet.data.synthetic import write_dataset
 from samlet.distill.corrections import Corrections, corrected, draws, uniform_cell
@@ -58,7 +58,7 @@ def cell_of(batch: Batch, row: int) -> tuple[int, int]:
 def test_clicks_land_in_the_error_with_the_right_sign(batch: Batch) -> None:
     teacher = torch.rand(batch.masks.shape, generator=torch.Generator().manual_seed(0))
     said = shifted(batch.masks)
-    prompts = corrected(batch, saying(said), [(1.0, saying(teacher))], Corrections(1, min_cells=1), 0)
+    prompts = corrected(batch, saying(said), [(1.0, saying(teacher))], Corrections(1, min_cells=1), draws(batch, 0))
     wanted = torch.where(batch.labelled[:, None, None], batch.masks, teacher) > 0.5
     valid = valid_cells(batch.input_sizes, GRID, IMAGE_SIZE)[batch.prompts.image_index] > 0.5
     error = (wanted != (said > 0.5)) & valid
@@ -79,14 +79,14 @@ def test_a_small_error_gets_no_click(batch: Batch) -> None:
     said[:, 0, 0] = 1 - (said[:, 0, 0] > 0.5).float()
     labelled = batch._replace(labelled=torch.ones_like(batch.labelled))
     for cells, clicked in ((1, True), (2, False)):
-        prompts = corrected(labelled, saying(said), [], Corrections(1, min_cells=cells), 0)
+        prompts = corrected(labelled, saying(said), [], Corrections(1, min_cells=cells), draws(batch, 0))
         assert prompts.absent is not None
         assert bool((~prompts.absent[:, -1]).all()) is clicked
     assert set(prompts.point_labels[:, -1].tolist()) == {PADDING}
 
 
 def test_without_truth_and_teacher_there_is_no_click(batch: Batch) -> None:
-    prompts = corrected(batch, saying(1 - batch.masks), [], Corrections(1), 0)
+    prompts = corrected(batch, saying(1 - batch.masks), [], Corrections(1), draws(batch, 0))
     assert prompts.absent is not None
     assert torch.equal(~prompts.absent[:, -1], batch.labelled)
 
@@ -120,7 +120,7 @@ def test_cells_are_drawn_uniformly() -> None:
 
 def test_the_mask_goes_back_in_where_asked_for(batch: Batch) -> None:
     said = saying(shifted(batch.masks))
-    prompts = corrected(batch, said, [], Corrections(1, mask_input=True), 0)
+    prompts = corrected(batch, said, [], Corrections(1, mask_input=True), draws(batch, 0))
     assert prompts.mask_input is not None
     torch.testing.assert_close(prompts.mask_input, said.low_res_logits[:, :1])
 
@@ -141,5 +141,5 @@ def test_the_loss_is_the_mean_over_rounds_and_reaches_the_student(batch: Batch, 
         for number in range(3):
             expected.append(single(asked, (), counts)[1].raw["task/dice"])
             output = student.decode(student.encode(asked.pixels), asked.prompts)
-            asked = asked._replace(prompts=corrected(asked, output, [], settings, number))
+            asked = asked._replace(prompts=corrected(asked, output, [], settings, draws(asked, number)))
     torch.testing.assert_close(terms.raw["task/dice"].detach(), torch.stack(expected).mean(), rtol=1e-4, atol=1e-6)

@@ -8,8 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from samlet.data.batches import collate
 from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
-from samlet.data.dataset import SegmentationDataset, collate
+from samlet.data.dataset import SegmentationDataset
 from samlet.data.sampler import SampleKey
 from samlet.distill.answers import is_ambiguous
 from samlet.distill.configs import DistillationConfig
@@ -120,7 +121,7 @@ def test_a_batch_is_the_mean_of_its_images(batch: Batch, batches: list[Batch]) -
     team = make_team(config, 1)
     step = TrainStep(make_student(), TaskLossConfig(), build_objectives(config))
     counts = counts_of(batch)
-    assert counts == Counts(6, 3)
+    assert counts == Counts(6, 3, 3)
     with torch.no_grad():
         _, together = step(batch, team.teach(batch), counts)
         parts = [step(part, team.teach(part), counts)[1] for part in batches]
@@ -181,7 +182,7 @@ def test_unlabelled_images_teach_through_the_teacher_alone(batches: list[Batch])
     blind = next(part for part in batches if not part.labelled.any())
     config = only("dense_mask_logits")
     step = TrainStep(make_student(), TaskLossConfig(), build_objectives(config))
-    _, terms = step(blind, make_team(config, 1).teach(blind), Counts(1, 0))
+    _, terms = step(blind, make_team(config, 1).teach(blind), Counts(1, 0, 0))
     assert all(float(terms.raw[f"task/{name}"].detach()) == 0 for name in ("focal", "dice", "iou"))
     assert float(terms.raw["distill/dense_mask_logits"].detach()) > 0
 

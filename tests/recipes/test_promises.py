@@ -132,6 +132,7 @@ def fields_of(block: Any) -> set[str]:
 
 UNREAD = {
     "RunConfig.schema_": "for editors",
+    "DatasetConfig.grid_points": "in mode everything",
     "TrainingConfig.max_steps": "stands in for epochs",
     "TrainingConfig.non_finite": "where something is not finite",
     "TrainingConfig.max_skipped_steps": "where something is not finite",
@@ -140,7 +141,8 @@ UNREAD = {
     "ExtractionConfig.batch_size": "on a GPU",
     "AttentionMatchingConfig.resample": "where the encoder's maps are compared",
 }
-AS_A_WHOLE = ("AugmentationConfig.", "EncoderConfig.")  # every field is an argument of what is built
+# Every field is an argument of what is built.
+AS_A_WHOLE = ("AugmentationConfig.", "EverythingConfig.", "EncoderConfig.")
 
 
 def test_every_key_is_read(scenes: Path, tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from samlet.data.batches import collate as collate
     from samlet.data.configs import AugmentationConfig as AugmentationConfig
     from samlet.data.configs import DatasetConfig as DatasetConfig
     from samlet.data.configs import PromptConfig as PromptConfig
     from samlet.data.dataset import EvalImage as EvalImage
     from samlet.data.dataset import SegmentationDataset as SegmentationDataset
     from samlet.data.dataset import ValidationSet as ValidationSet
-    from samlet.data.dataset import collate as collate
     from samlet.data.images import read_image as read_image
     from samlet.data.records import Problem as Problem
     from samlet.data.records import Record as Record
@@ -32,7 +32,7 @@ _HOME = {
     "SegmentationDataset": "samlet.data.dataset",
     "StepSampler": "samlet.data.sampler",
     "ValidationSet": "samlet.data.dataset",
-    "collate": "samlet.data.dataset",
+    "collate": "samlet.data.batches",
     "epoch_order": "samlet.data.sampler",
     "read_image": "samlet.data.images",
     "write_dataset": "samlet.data.synthetic",

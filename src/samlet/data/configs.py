@@ -12,12 +12,14 @@ from samlet.schema import ExistingPath, Loc, StrictModel
 
 if TYPE_CHECKING:
     from samlet.data.dataset import SegmentationDataset, ValidationSet
+    from samlet.data.grid import GridSettings
     from samlet.data.prompts import PromptSettings
     from samlet.data.transforms import Augmentation
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
+Mode = Literal["point", "box", "mixed", "everything"]
 
 
 class PromptConfig(StrictModel):
@@ -51,11 +53,18 @@ class PromptConfig(StrictModel):
         if sum(self.mix) == 0:
             yield ("mix",), "all weights are 0; give one of points, box, both a positive weight"
 
-    def build(self, mode: Literal["point", "box", "mixed"]) -> PromptSettings:
-        """The settings of `data.prompts`."""
+    def build(self, mode: Mode) -> PromptSettings:
+        """The settings of `data.prompts`; the points of a grid are clicks."""
         from samlet.data.prompts import PromptSettings
 
-        return PromptSettings(mode, self.positive_points, self.negative_points, self.box_jitter, self.mix, self.fixed)
+        return PromptSettings(
+            "point" if mode == "everything" else mode,
+            self.positive_points,
+            self.negative_points,
+            self.box_jitter,
+            self.mix,
+            self.fixed,
+        )
 
 
 class AugmentationConfig(StrictModel):
@@ -97,6 +106,32 @@ class AugmentationConfig(StrictModel):
         return Augmentation(**self.model_dump(exclude={"enable"})) if self.enable else Augmentation()
 
 
+class EverythingConfig(StrictModel):
+    """Mode `everything`: which points of the grid are learnt, and what."""
+
+    unlabelled: Literal["ignore", "teacher", "negative"] = "ignore"
+    """Points beside all objects of an image: left out (ignore), left to the teachers (teacher), or the IoU head learns
+    that no mask is right there (negative; only where every object has its mask). An image without any mask is left to
+    the teachers in any case."""
+    max_points: Annotated[int, Field(ge=1)] | None = 64
+    """So many of the grid's points are drawn from an image in each step; null: all. One on nested objects asks about up
+    to three of them."""
+    object_share: Share = 0.5
+    """Share of the drawn points that lie on objects, spread evenly over them, as far as there are so many; the others
+    lie beside them, unless these are ignored."""
+    jitter: bool = True
+    """Shift the grid by up to half a cell in each step, so that small objects between its points are met; not where
+    prompts.fixed."""
+    boxes: Count = 0
+    """So many objects of an image get a box prompt as well, so that boxes are not forgotten."""
+
+    def build(self, points_per_side: int) -> GridSettings:
+        """The settings of `data.grid`."""
+        from samlet.data.grid import GridSettings
+
+        return GridSettings(points_per_side, **self.model_dump())
+
+
 class DatasetConfig(StrictModel):
     """Images and masks, and how training draws from them."""
 
@@ -110,8 +145,10 @@ class DatasetConfig(StrictModel):
     """Share of the images kept for validation where there is no such split; chosen by seed and image id."""
     format: FormatName = "auto"
     """How masks are written; auto finds out and says so."""
-    mode: Literal["point", "box", "mixed"] = "mixed"
-    """The prompts of training."""
+    mode: Mode = "mixed"
+    """What training prompts with: clicks, boxes, both, or each point of a grid over the whole image by itself."""
+    grid_points: Annotated[int, Field(ge=1)] = 32
+    """Mode `everything`: the grid has so many points on each side, and every object takes part."""
     objects_per_image: Annotated[int, Field(ge=1)] = 8
     """Most objects that are drawn from an image in a step; the encoder runs once for all of them."""
     min_area: Annotated[int, Field(ge=1)] = 9
@@ -133,9 +170,15 @@ class DatasetConfig(StrictModel):
             yield ("labelled_fraction",), "below 1 makes images unlabelled; set dataset.unlabelled to use or drop"
 
     def build_train(
-        self, *, image_size: int, seed: int, prompts: PromptConfig, augmentation: AugmentationConfig
+        self,
+        *,
+        image_size: int,
+        seed: int,
+        prompts: PromptConfig,
+        augmentation: AugmentationConfig,
+        everything: EverythingConfig | None = None,
     ) -> SegmentationDataset:
-        """The training images.
+        """The training images; `everything` is read in mode everything alone.
 
         Raises:
             DataError: there are none, or some are refused.
@@ -144,6 +187,7 @@ class DatasetConfig(StrictModel):
         from samlet.data.splits import train_split
 
         split = train_split(self, seed)
+        grid = EverythingConfig() if everything is None else everything
         return SegmentationDataset(
             split.records,
             image_size=image_size,
@@ -155,6 +199,7 @@ class DatasetConfig(StrictModel):
             broken=self.broken,
             problems=split.problems,
             scaled_decode=self.scaled_decode,
+            grid=grid.build(self.grid_points) if self.mode == "everything" else None,
         )
 
     def build_val(self, *, seed: int) -> ValidationSet:

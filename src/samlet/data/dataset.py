@@ -1,4 +1,4 @@
-"""Training samples and validation images; the only module of the data room that makes tensors."""
+"""Training samples and validation images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from samlet.data.batches import stack_rows
+from samlet.data.grid import GridSettings, ask_everywhere
 from samlet.data.images import Decoded, probe_image, read_image, read_picture
 from samlet.data.masks import centre_point, mask_box
 from samlet.data.prompts import PromptRow, PromptSettings, draw_blind_prompt, draw_prompt
@@ -33,7 +35,7 @@ from samlet.data.transforms import (
 )
 from samlet.errors import DataError
 from samlet.frames import LOW_RES_STRIDE, normalize_and_pad
-from samlet.types import PADDING, Batch, Prompts, Sample
+from samlet.types import Prompts, Sample
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, UInt8
@@ -56,6 +58,17 @@ class Prompted(NamedTuple):
     picture: Picture
     prompts: Prompts
     objects: tuple[int, ...]  # whose each prompt is; of an unlabelled image, the prompt's number
+
+
+class Asked(NamedTuple):
+    """The prompts of a sample and what is known of them; see `Sample`."""
+
+    rows: list[PromptRow]
+    whose: Sequence[int]  # the object of each prompt, as the data set numbers them
+    masks: torch.Tensor
+    labelled: torch.Tensor
+    target_of: torch.Tensor | None = None
+    background: torch.Tensor | None = None
 
 
 class StoredLookup(Protocol):
@@ -85,6 +98,7 @@ class SegmentationDataset(Dataset[Sample]):
         broken: what to do where a file cannot be used.
         problems: what was wrong with files that are not among the records.
         scaled_decode: whether large JPEGs are decoded no larger than they are needed.
+        grid: ask about the points of a grid and all objects under them, in place of `objects_per_image` of them.
     """
 
     def __init__(
@@ -100,7 +114,9 @@ class SegmentationDataset(Dataset[Sample]):
         broken: Policy = "refuse",
         problems: Sequence[Problem] = (),
         scaled_decode: bool = False,
+        grid: GridSettings | None = None,
     ) -> None:
+        self.grid = grid
         self.records, self.problems, self.scaled_decode = tuple(records), tuple(problems), scaled_decode
         self.image_size, self.seed = image_size, seed
         self.prompts = PromptSettings() if prompts is None else prompts
@@ -203,25 +219,61 @@ class SegmentationDataset(Dataset[Sample]):
     def _sample(self, key: SampleKey, skipped: list[str]) -> Sample:
         record, image = self.records[key.index], self._decoded(key)
         geometry, colour = self._drawn(key, image.size)
+        known = len(skipped)
         geometry, objects = self._framed(key, image.size, geometry, skipped)
         picture = self._pictured(image, geometry, colour)
-        rows = self._rows(objects, geometry, key)
-        grids = [coverage(mask, self.image_size) for _, mask in objects]
-        prompts, stored, answers = stack_rows(rows), None, None
+        if self.grid is None:
+            asked = self._asked(objects, geometry, key)
+        else:
+            asked = self._asked_everywhere(self.grid, objects, geometry, key, complete=len(skipped) == known)
+        prompts, stored, answers = stack_rows(asked.rows), None, None
         if self.stored is not None:
-            whose = [index for index, _ in objects] or range(len(rows))
             place = record.image_id, self._variant(key), picture.variation
-            stored, answers = self.stored(*place, whose, prompts)
+            stored, answers = self.stored(*place, asked.whose, prompts)
         return Sample(
             pixels=picture.pixels,
             input_size=geometry.size,
             prompts=prompts,
-            masks=self._ground_truth(grids, len(rows)),
-            labelled=torch.full((len(rows),), bool(objects)),
+            masks=asked.masks,
+            labelled=asked.labelled,
             image_id=record.image_id,
             skipped=tuple(skipped),
             stored=stored,
             answers=answers,
+            target_of=asked.target_of,
+            background=asked.background,
+        )
+
+    def _asked(self, objects: list[tuple[int, Mask]], geometry: Geometry, key: SampleKey) -> Asked:
+        """A prompt for each object."""
+        rows = self._rows(objects, geometry, key)
+        grids = [coverage(mask, self.image_size) for _, mask in objects]
+        whose = [index for index, _ in objects] or range(len(rows))
+        return Asked(rows, whose, self._ground_truth(grids, len(rows)), torch.full((len(rows),), bool(objects)))
+
+    def _asked_everywhere(
+        self, grid: GridSettings, objects: list[tuple[int, Mask]], geometry: Geometry, key: SampleKey, *, complete: bool
+    ) -> Asked:
+        """A click for each point of the grid and each object under it, boxes of a few objects.
+
+        Only where an image's masks are `complete` is a point beside all of them known to lie on no object.
+        """
+        grid = grid._replace(jitter=grid.jitter and not self.prompts.fixed)
+        masks = [mask for _, mask in objects]
+        boxes = self.prompts._replace(mode="box")
+        boxed = [
+            draw_prompt(self._prompt_rng(key, index), mask, self.image_size, boxes)
+            for index, mask in objects[: grid.boxes]
+        ]
+        found = ask_everywhere(self._rng(Stream.GRID, key), geometry.size, masks, grid, boxed, complete=complete)
+        grids = [coverage(mask, self.image_size) for mask in found.masks]
+        return Asked(
+            rows=found.rows,
+            whose=range(len(found.rows)),
+            masks=torch.from_numpy(np.stack(grids)),
+            labelled=torch.from_numpy(found.labelled),
+            target_of=torch.from_numpy(found.target_of),
+            background=torch.from_numpy(found.background),
         )
 
     def _variant(self, key: SampleKey) -> int:
@@ -287,7 +339,7 @@ class SegmentationDataset(Dataset[Sample]):
                 continue
             if np.count_nonzero(mask) >= self.min_area:
                 chosen.append((int(index), mask))
-            if len(chosen) == self.objects_per_image:
+            if self.grid is None and len(chosen) == self.objects_per_image:
                 break
         return chosen
 
@@ -304,79 +356,17 @@ class SegmentationDataset(Dataset[Sample]):
         ]
 
     def _prompt_rng(self, key: SampleKey, item: int) -> np.random.Generator:
+        return self._rng(Stream.PROMPT, key, item)
+
+    def _rng(self, stream: Stream, key: SampleKey, item: int = 0) -> np.random.Generator:
+        """Where prompts are fixed, they follow the image's name and variant, not the epoch."""
         if self.prompts.fixed:
-            return generator(
-                Stream.PROMPT, self.seed, self._variant(key), name_index(self.records[key.index].image_id), item
-            )
-        return generator(Stream.PROMPT, self.seed, *key, item)
+            return generator(stream, self.seed, self._variant(key), name_index(self.records[key.index].image_id), item)
+        return generator(stream, self.seed, *key, item)
 
     def _ground_truth(self, grids: list[Float32[np.ndarray, "h w"]], count: int) -> torch.Tensor:
         side = self.image_size // LOW_RES_STRIDE
         return torch.from_numpy(np.stack(grids)) if grids else torch.zeros(count, side, side)
-
-
-def stack_rows(rows: Sequence[PromptRow]) -> Prompts:
-    """Prompts of one image; rows of fewer tokens are filled with `absent` ones."""
-    length = max(len(row.labels) for row in rows)
-    coords = np.zeros((len(rows), length, 2), np.float32)
-    labels = np.full((len(rows), length), PADDING, np.int64)
-    absent = np.ones((len(rows), length), np.bool_)
-    for place, row in enumerate(rows):
-        count = len(row.labels)
-        coords[place, :count], labels[place, :count], absent[place, :count] = row.coords, row.labels, False
-    return Prompts(
-        image_index=torch.zeros(len(rows), dtype=torch.int64),
-        point_coords=torch.from_numpy(coords),
-        point_labels=torch.from_numpy(labels),
-        absent=torch.from_numpy(absent) if absent.any() else None,
-    )
-
-
-def _widen(tensor: torch.Tensor, length: int, value: float) -> torch.Tensor:
-    shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-    return torch.cat([tensor, tensor.new_full(shape, value)], dim=1)
-
-
-def join_prompts(parts: Sequence[Prompts]) -> Prompts:
-    """Prompts of image 0, 1, ... one after the other; tokens that a row lacks are `absent`.
-
-    Raises:
-        ValueError: some have mask inputs and some have not.
-    """
-    length = max(part.point_labels.shape[1] for part in parts)
-    holes = [
-        torch.zeros_like(part.point_labels, dtype=torch.bool) if part.absent is None else part.absent for part in parts
-    ]
-    absent = torch.cat([_widen(hole, length, True) for hole in holes])
-    inputs = [part.mask_input for part in parts if part.mask_input is not None]
-    if inputs and len(inputs) < len(parts):
-        raise ValueError("either all prompts or none have a mask input")
-    return Prompts(
-        image_index=torch.cat([torch.full_like(part.image_index, place) for place, part in enumerate(parts)]),
-        point_coords=torch.cat([_widen(part.point_coords, length, 0) for part in parts]),
-        point_labels=torch.cat([_widen(part.point_labels, length, PADDING) for part in parts]),
-        mask_input=torch.cat(inputs) if inputs else None,
-        absent=absent if bool(absent.any()) else None,
-    )
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples side by side; `image_index` tells whose each prompt is."""
-    embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
-    stored = [sample.stored for sample in samples if sample.stored is not None]
-    answers = [sample.answers for sample in samples if sample.answers is not None]
-    return Batch(
-        pixels=torch.stack([sample.pixels for sample in samples]),
-        input_sizes=torch.tensor([sample.input_size for sample in samples], dtype=torch.int64),
-        prompts=join_prompts([sample.prompts for sample in samples]),
-        masks=torch.cat([sample.masks for sample in samples]),
-        labelled=torch.cat([sample.labelled for sample in samples]),
-        image_ids=tuple(sample.image_id for sample in samples),
-        skipped=tuple(reason for sample in samples for reason in sample.skipped),
-        embedding=torch.stack(embeddings) if embeddings else None,
-        stored={name: torch.stack([found[name] for found in stored]) for name in stored[0]} if stored else None,
-        answers={name: torch.cat([found[name] for found in answers]) for name in answers[0]} if answers else None,
-    )
 
 
 class EvalImage(NamedTuple):

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     SCENE = 5
     CORRECTION = 6
     PLACES = 7
+    GRID = 8
 
 
 def generator(stream: Stream, seed: int, epoch: int = 0, index: int = 0, item: int = 0) -> np.random.Generator:

@@ -32,6 +32,14 @@ def valid_per_prompt(batch: Batch, grid: int) -> Float[Tensor, "P grid grid"]:
     return valid_cells(batch.input_sizes, grid, batch.pixels.shape[-1])[batch.prompts.image_index]
 
 
+def share_of_image(batch: Batch, counted: Bool[Tensor, "P"] | None = None) -> Float[Tensor, "P"]:
+    """1 / (number of counted prompts of the same image) for each counted prompt, 0 for the others; None: all count."""
+    counted = torch.ones_like(batch.labelled) if counted is None else counted
+    numbers = torch.zeros(len(batch.image_ids), dtype=torch.int64, device=counted.device)
+    numbers = numbers.index_add(0, batch.prompts.image_index, counted.long())
+    return counted.float() / numbers.clamp_min(1)[batch.prompts.image_index]
+
+
 class Answer(NamedTuple):
     """The one mask that a model would show for each prompt, and how sure it is of it."""
 

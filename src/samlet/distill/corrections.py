@@ -31,19 +31,23 @@ class Corrections(NamedTuple):
 
 @torch.no_grad()
 def corrected(
-    batch: Batch, student: MaskOutput, teachers: Sequence[tuple[float, MaskOutput]], settings: Corrections, number: int
+    batch: Batch,
+    student: MaskOutput,
+    teachers: Sequence[tuple[float, MaskOutput]],
+    settings: Corrections,
+    draw: Float[Tensor, "P"],
 ) -> Prompts:
     """The batch's prompts with a click more in the student's error; a hole where the error is too small.
 
-    `batch.prompts` are those that `student` and `teachers` (share, output) answered; `number` counts the rounds. The
-    draw is a function of `batch.draw`, the image's name, the prompt's place in it and the round.
+    `batch.prompts` are those that `student` and `teachers` (share, output) answered; `draw` (`draws`, 0 to 1) says
+    where in the error. What is known to lie on no object gets no click.
     """
     said = answer_of(student, batch).logits > 0
     wanted, known = reference(batch, teachers)
     inside = valid_per_prompt(batch, said.shape[-1]) > 0.5
     error = (said != wanted) & inside & known[:, None, None]
     clicked = error.flatten(1).sum(dim=1) >= max(settings.min_cells, 1)
-    rows, columns = uniform_cell(error, draws(batch, number).to(error.device))
+    rows, columns = uniform_cell(error, draw.to(error.device))
     side = batch.pixels.shape[-1] / error.shape[-1]  # of a cell, in pixels of the input frame
     points = torch.stack([columns, rows], dim=1) * side + (side - 1) / 2
     missed = wanted[torch.arange(len(rows), device=rows.device), rows, columns]
@@ -61,7 +65,8 @@ def reference(
         return truth, batch.labelled
     votes = [share * answer_of(output, batch).logits.float().sigmoid() for share, output in teachers]
     taught = torch.stack(votes).sum(dim=0) > 0.5
-    return torch.where(batch.labelled[:, None, None], truth, taught), torch.ones_like(batch.labelled)
+    known = torch.ones_like(batch.labelled) if batch.background is None else ~batch.background
+    return torch.where(batch.labelled[:, None, None], truth, taught), known
 
 
 def uniform_cell(allowed: Bool[Tensor, "P h w"], draw: Float[Tensor, "P"]) -> tuple[Tensor, Tensor]:
@@ -74,7 +79,10 @@ def uniform_cell(allowed: Bool[Tensor, "P h w"], draw: Float[Tensor, "P"]) -> tu
 
 
 def draws(batch: Batch, number: int) -> Float[Tensor, "P"]:
-    """A number in 0..1 for each prompt that no other image of the batch and no split of it changes."""
+    """A number in 0..1 for each prompt that no other image of the batch and no split of it changes.
+
+    A function of `batch.draw`, the image's name, the prompt's place in the image, and the round.
+    """
     index = batch.prompts.image_index.cpu()
     drawn = torch.zeros(len(index), dtype=torch.float64)
     for image, name in enumerate(batch.image_ids):

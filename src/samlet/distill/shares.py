@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from samlet.distill.answers import answer_of, best_iou, valid_per_prompt
+from samlet.distill.answers import answer_of, best_iou, share_of_image, valid_per_prompt
 from samlet.distill.configs import TeamRule, TrustRule
 from samlet.losses.iou import actual_iou
 from samlet.types import Batch, MaskOutput
@@ -35,6 +35,7 @@ def shares_of(
     batch: Batch,
     student: MaskOutput,
     teachers: Sequence[MaskOutput],
+    of_image: Float[Tensor, "P"] | None = None,
     *,
     team: TeamRule = "static",
     trust: TrustRule = "constant",
@@ -42,7 +43,8 @@ def shares_of(
     """Shares of the teachers for each prompt and image, by rule.
 
     team "static": the given weights. "per_sample": all of it to the teacher whose mask has the best IoU with the ground
-    truth, without one to the most confident; an image's share is the mean over its prompts.
+    truth, without one to the most confident; an image's share is the mean over its prompts, of which each counts by
+    `of_image`; None: all of them are here.
 
     trust "constant": 1 for all. "hard_mask": sigmoid(IoU(teacher, truth) / IoU(student, truth) - 1) on the teacher's
     terms, so that it counts most where it is right and the student wrong (TinySAM, arXiv:2312.13789). "confidence":
@@ -63,8 +65,8 @@ def shares_of(
         sure = torch.stack([answer_of(teacher, batch).confidence for teacher in teachers])
         trusted = torch.where(batch.labelled, sure, 1.0)
         truth = torch.where(batch.labelled, 1 - (by_team * sure).sum(dim=0), 1.0)
-    members = F.one_hot(index, images).float()
-    per_image = by_team @ (members / members.sum(dim=0).clamp_min(1))
+    of_image = share_of_image(batch) if of_image is None else of_image
+    per_image = by_team @ (F.one_hot(index, images) * of_image[:, None])
     return Shares(by_team * trusted, per_image, truth)
 
 

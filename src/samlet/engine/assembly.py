@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samlet.data.dataset import collate
+from samlet.data.batches import collate
 from samlet.data.sampler import SampleKey, epoch_order
 from samlet.distill.configs import normalized_weights
 from samlet.distill.corrections import Corrections
@@ -42,6 +42,8 @@ def build_step(
     distillation: DistillationConfig,
     prompts: PromptConfig,
     projections: Projections | None = None,
+    *,
+    prompts_per_chunk: int | None = None,
 ) -> TrainStep:
     """The training step around a student and the projections beside it."""
     return TrainStep(
@@ -53,6 +55,7 @@ def build_step(
         trust=distillation.trust,
         corrections=Corrections(prompts.correction_rounds, prompts.correction_mask_input, prompts.correction_min_cells),
         projections=projections,
+        prompts_per_chunk=prompts_per_chunk,
     )
 
 

@@ -25,6 +25,9 @@ class TrainingConfig(StrictModel):
     """Images per micro-batch, over all processes together."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches per optimizer step; batch_size 8 with accumulation 1 equals 2 with 4."""
+    prompts_per_chunk: int | None = Field(64, ge=1)
+    """Most prompts that are decoded and compared at a time. Where a micro-batch has more, memory holds one such chunk,
+    and each is computed once more in the backward pass; null: all at once."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate of AdamW, after the warm-up."""
     min_learning_rate: float = Field(1e-6, ge=0)

@@ -7,25 +7,27 @@ wrapped module would skip autocast and the gradients' exchange in silence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from samlet.distill.answers import is_ambiguous, valid_per_prompt
+from samlet.distill.answers import is_ambiguous, share_of_image, valid_per_prompt
 from samlet.distill.configs import TeamRule, TrustRule
-from samlet.distill.corrections import Corrections, corrected
+from samlet.distill.corrections import Corrections, corrected, draws
 from samlet.distill.layers import attention_places
 from samlet.distill.objectives import Objective
 from samlet.distill.projections import Projections
 from samlet.distill.shares import Shares, agreement, shares_of
 from samlet.distill.teacher import Lesson
 from samlet.distill.views import View, encode_tapped
+from samlet.engine.chunks import chunks_of, computed_again, part_of
 from samlet.losses.configs import TaskLossConfig
 from samlet.types import Batch, ImageFeatures, MaskOutput, Terms
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     from samlet.models.sam import Sam
@@ -39,12 +41,40 @@ class Counts(NamedTuple):
 
     images: float  # in the step
     labelled: float  # with ground truth for a prompt or more
+    judged: float  # with a prompt or more whose IoU is known: by ground truth, or 0 on the background
 
 
 def count_images(batches: Sequence[Batch]) -> Counts:
     """Counts of this process's share of a step."""
-    labelled = sum(len(set(batch.prompts.image_index[batch.labelled].tolist())) for batch in batches)
-    return Counts(sum(len(batch.image_ids) for batch in batches), labelled)
+    labelled = sum(_images_of(batch, batch.labelled) for batch in batches)
+    judged = sum(_images_of(batch, judged_prompts(batch)) for batch in batches)
+    return Counts(sum(len(batch.image_ids) for batch in batches), labelled, judged)
+
+
+def judged_prompts(batch: Batch) -> Bool[Tensor, "P"]:
+    """The prompts whose masks have a known IoU."""
+    return batch.labelled if batch.background is None else batch.labelled | batch.background
+
+
+class Question(NamedTuple):
+    """What all chunks of a micro-batch's prompts have in common; each vector has a number for every prompt."""
+
+    batch: Batch
+    features: ImageFeatures
+    lessons: tuple[Lesson, ...]
+    counts: Counts
+    of_image: Float[Tensor, "P"]  # share among the prompts of its image
+    of_truth: Float[Tensor, "P"]  # share in the step's mask terms
+    of_judged: Float[Tensor, "P"]  # share in the step's IoU term
+    draws: tuple[Float[Tensor, "P"], ...]  # where clicks of correction fall, round by round
+
+
+class Found(NamedTuple):
+    """What a chunk adds to the step's sums."""
+
+    raw: dict[str, Tensor]
+    seen: dict[str, Tensor]
+    per_image: Float[Tensor, "K B"]  # shares of the teachers' image terms, this chunk's and those before it
 
 
 class TrainStep(nn.Module):
@@ -52,7 +82,9 @@ class TrainStep(nn.Module):
 
     Every term is the mean over the images of the optimizer step of an image's own mean over its prompts, so no
     term depends on how the images fall into micro-batches and processes. A micro-batch contributes its sum
-    divided by the whole step's count. Terms of prompts are the mean over the rounds.
+    divided by the whole step's count. Terms of prompts are the mean over the rounds. Where there are more than
+    `prompts_per_chunk` prompts, chunks of them are decoded and compared one after the other, and again in the backward
+    pass, so that what belongs to one chunk is all that is held.
     """
 
     def __init__(
@@ -66,6 +98,7 @@ class TrainStep(nn.Module):
         trust: TrustRule = "constant",
         corrections: Corrections = NO_CORRECTIONS,
         projections: Projections | None = None,
+        prompts_per_chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -76,6 +109,7 @@ class TrainStep(nn.Module):
         self.lambda_coef = lambda_coef
         self.team, self.trust = team, trust
         self.corrections = corrections
+        self.prompts_per_chunk = prompts_per_chunk
         self.projections = Projections() if projections is None else projections
         self.student_taps = tuple({tap for objective in objectives for tap in objective.student_taps})
         self.decoder_taps = tuple({tap for objective in objectives for tap in objective.decoder_taps})
@@ -87,38 +121,66 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, lessons: tuple[Lesson, ...], counts: Counts) -> tuple[Tensor, Terms]:
         """A micro-batch's share of the step's loss, and of each of its terms."""
-        features = self._features(batch)
+        question = self._question(batch, lessons, counts)
+        chunks = chunks_of(batch, self.prompts_per_chunk)
+        per_image = torch.zeros(len(lessons), len(batch.image_ids), device=batch.pixels.device)
+        raw: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
+        for rows in chunks:
+            compare = partial(self._compare, question, rows, per_image, is_last=rows is chunks[-1])
+            found = compare() if len(chunks) == 1 else computed_again(compare)
+            _add(raw, found.raw)
+            _add(seen, found.seen)
+            per_image = found.per_image
+        weights = self._weights()
+        weighted = {name: value * weights[name] for name, value in raw.items()}
+        return torch.stack(list(weighted.values())).sum(), Terms(raw, weighted, seen)
+
+    def _question(self, batch: Batch, lessons: tuple[Lesson, ...], counts: Counts) -> Question:
+        return Question(
+            batch=batch,
+            features=self._features(batch),
+            lessons=lessons,
+            counts=counts,
+            of_image=share_of_image(batch),
+            of_truth=share_of_image(batch, batch.labelled) / max(counts.labelled, 1),
+            of_judged=share_of_image(batch, judged_prompts(batch)) / max(counts.judged, 1),
+            draws=tuple(draws(batch, number) for number in range(self.corrections.rounds)),
+        )
+
+    def _compare(self, question: Question, rows: slice, per_image: Float[Tensor, "K B"], *, is_last: bool) -> Found:
+        """All rounds of some prompts; the last ones bring the images' terms, for now all prompts had their say."""
+        _, features, lessons, counts, *_ = question
+        batch, of_image = part_of(question.batch, rows), question.of_image[rows]
         rounds = self.corrections.rounds + 1
         raw: dict[str, Tensor] = {}
         for number in range(rounds):
             output = self.student.decode(features, batch.prompts, multimask_output=None, taps=self.decoder_taps)
             answers = [lesson.answer(batch.prompts) for lesson in lessons] if self._asks_teachers else []
             with torch.autocast(batch.pixels.device.type, enabled=False):
-                shares = self._shares(batch, output, lessons, answers)
-                view, per_prompt = View(features, output), _share_of_image(batch) / counts.images
+                shares = self._shares(batch, output, lessons, answers, of_image)
+                view, per_prompt = View(features, output), of_image / counts.images
                 taught = [
                     (lesson.name, View(lesson.features, answer), per_prompt * share)
                     for lesson, answer, share in zip(lessons, answers, shares.per_prompt, strict=False)
                 ]
-                _add(raw, self._task_terms(output, batch, counts, shares), 1 / rounds)
+                of_task = question.of_truth[rows] * shares.truth, question.of_judged[rows]
+                _add(raw, self._task_terms(output, batch, *of_task), 1 / rounds)
                 _add(raw, self._distillation_terms(self.of_prompts, view, taught, batch), 1 / rounds)
                 if number == 0:
-                    shown = [
-                        (
-                            lesson.name,
-                            View(lesson.features, output),
-                            share / counts.images,
-                        )  # they look at features alone
-                        for lesson, share in zip(lessons, shares.per_image, strict=True)
-                    ]
-                    _add(raw, self._distillation_terms(self.of_images, view, shown, batch))
+                    per_image = per_image + shares.per_image
                     seen = {"teachers/agreement": agreement(batch, answers) @ per_prompt} if len(answers) > 1 else {}
+                if number == 0 and is_last:
+                    shown = [
+                        (lesson.name, View(lesson.features, output), share / counts.images)
+                        for lesson, share in zip(lessons, per_image, strict=True)
+                    ]  # they look at features alone
+                    _add(raw, self._distillation_terms(self.of_images, view, shown, batch))
                 if number + 1 < rounds:
                     weighed = [(lesson.weight, answer) for lesson, answer in zip(lessons, answers, strict=False)]
-                    batch = batch._replace(prompts=corrected(batch, output, weighed, self.corrections, number))
-        weights = self._weights()
-        weighted = {name: value * weights[name] for name, value in raw.items()}
-        return torch.stack(list(weighted.values())).sum(), Terms(raw, weighted, seen)
+                    click = question.draws[number][rows]
+                    batch = batch._replace(prompts=corrected(batch, output, weighed, self.corrections, click))
+        return Found(raw, seen, per_image)
 
     def _features(self, batch: Batch) -> ImageFeatures:
         """What the image encoder makes of a batch, or made of it before the run."""
@@ -137,20 +199,25 @@ class TrainStep(nn.Module):
         return {f"task/{name}": weight for name, weight in self.task_weights.items()} | distilled
 
     def _shares(
-        self, batch: Batch, student: MaskOutput, lessons: Sequence[Lesson], answers: Sequence[MaskOutput]
+        self,
+        batch: Batch,
+        student: MaskOutput,
+        lessons: Sequence[Lesson],
+        answers: Sequence[MaskOutput],
+        of_image: Float[Tensor, "P"],
     ) -> Shares:
         weights = [lesson.weight for lesson in lessons]
-        return shares_of(weights, batch, student, answers, team=self.team, trust=self.trust)
+        return shares_of(weights, batch, student, answers, of_image, team=self.team, trust=self.trust)
 
     def _task_terms(
-        self, output: MaskOutput, batch: Batch, counts: Counts, shares: Shares
+        self, output: MaskOutput, batch: Batch, of_truth: Float[Tensor, "P"], of_judged: Float[Tensor, "P"]
     ) -> dict[str, Float[Tensor, ""]]:
+        """On the background, where no mask is right, the IoU of each is 0."""
         valid = valid_per_prompt(batch, output.low_res_logits.shape[-1])
         values = self.task_loss(output.low_res_logits, output.iou_predictions, batch.masks, valid, is_ambiguous(batch))
-        share = _share_of_image(batch, batch.labelled) / max(counts.labelled, 1)
-        trusted = share * shares.truth
         return {
-            f"task/{name}": value.float() @ (trusted if name in MASK_TERMS else share) for name, value in values.items()
+            f"task/{name}": value.float() @ (of_truth if name in MASK_TERMS else of_judged)
+            for name, value in values.items()
         }
 
     def _distillation_terms(
@@ -172,9 +239,5 @@ def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor], factor: float = 1
         sums[name] = sums[name] + factor * value if name in sums else factor * value
 
 
-def _share_of_image(batch: Batch, counted: Tensor | None = None) -> Float[Tensor, "P"]:
-    """1 / (number of counted prompts of the same image) for each counted prompt, 0 for the others; None: all count."""
-    counted = torch.ones_like(batch.labelled) if counted is None else counted
-    same = batch.prompts.image_index[:, None] == batch.prompts.image_index[None, :]
-    number = (same & counted[None, :]).sum(dim=1).clamp_min(1)
-    return counted.float() / number
+def _images_of(batch: Batch, counted: Bool[Tensor, "P"]) -> int:
+    return len(set(batch.prompts.image_index[counted].tolist()))

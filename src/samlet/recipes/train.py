@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from samlet.config import RunConfig
-from samlet.data.dataset import collate
+from samlet.data.batches import collate
 from samlet.data.sampler import StepSampler
 from samlet.distill.teacher import Lesson
 from samlet.engine.audit import audit_gradients
