@@ -17,10 +17,11 @@ import torch
 
 from samlet.config import RunConfig
 from samlet.data.streams import name_index
+from samlet.distill.kept_masks import FOLDER
 from samlet.engine.automatic_masks import Asked, ImageToMask, compute, look
 from samlet.errors import DataError
 from samlet.extraction import ShardName
-from samlet.labelling import FOLDER, StoredLabels, facts_of_masks, generator_of, items_of, mask_teacher, training_images
+from samlet.labelling import StoredLabels, facts_of_masks, generator_of, items_of, mask_teacher, training_images
 
 IMAGES_PER_SHARD = 8  # seconds each, so that a few make a piece of work worth a lease
 

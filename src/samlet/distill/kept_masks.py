@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from samlet.models.amg import AmgSettings, AutomaticMasks
 
 FORMAT = 1
+FOLDER = "automatic_masks"  # in a teacher's store
 WITHOUT_EFFECT = frozenset({"points_per_batch"})  # settings that masks do not depend on
 _PARTS = ("areas", "predicted_iou", "stability_score", "points")
 
@@ -30,10 +31,10 @@ class MaskFacts(NamedTuple):
 
     teacher_kind: str
     """The image encoder: vit_h, vit_l, vit_b, vit_t."""
+    image_size: int
+    """Side of the input frame; named first where both differ, for position tables follow it."""
     teacher_sha256: str
     """Digest of the weights."""
-    image_size: int
-    """Side of the input frame."""
     settings: dict[str, Any]
     """The generator's, but for those without effect on the masks."""
 
@@ -41,7 +42,7 @@ class MaskFacts(NamedTuple):
     def of(cls, kind: str, sha256: str, image_size: int, settings: AmgSettings) -> MaskFacts:
         """The facts of a generator around a model of this kind and digest."""
         plain = {name: value for name, value in settings.as_dict().items() if name not in WITHOUT_EFFECT}
-        return cls(kind, sha256, image_size, plain)
+        return cls(kind, image_size, sha256, plain)
 
 
 class Kept(NamedTuple):

@@ -80,7 +80,11 @@ def verify(path: Path, *, repair_it: bool = False, console: Console | None = Non
 
 
 def _print_report(report: Report, path: Path, console: Console) -> None:
-    damage = [*report.decoder, *(sentence for shard in report.shards for sentence in shard.damage)]
+    damage = [
+        *report.decoder,
+        *report.masks.values(),
+        *(sentence for shard in report.shards for sentence in shard.damage),
+    ]
     unfinished = [f"shard {shard.number} of {shard.split}" for shard in report.shards if shard.unfinished]
     lost = sum(len(shard.lost) for shard in report.shards)
     _print_list("Damaged", damage, "red", console, cut=False)
@@ -88,7 +92,7 @@ def _print_report(report: Report, path: Path, console: Console) -> None:
     _print_list("Unfinished", unfinished, "yellow", console)
     if lost:
         _say(console, f"[bold red]{lost} of {report.images} image-variants cannot be used.[/]")
-    if report.strays or any(shard.damage for shard in report.shards):
+    if report.strays or report.masks or any(shard.damage for shard in report.shards):
         _say(console, f"`samlet store verify {escape(str(path))} --repair` drops what is damaged or nobody's; then,")
     if damage or unfinished:
         _say(console, "the command that extracted this store, run again, computes what is missing.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from samlet.artefacts import sha256_of
+from samlet.distill.kept_masks import FOLDER, read_masks
 from samlet.distill.store.arrays import EMBEDDING, read_npy
 from samlet.distill.store.entries import (
     Contents,
@@ -57,11 +58,13 @@ class Report(NamedTuple):
     """Those with something wrong."""
     strays: list[Path]
     """Files that nothing vouches for: half-written, forgotten, or nobody's."""
+    masks: dict[Path, str]
+    """Files of automatic masks that are damaged, and a sentence on each."""
 
     @property
     def sound(self) -> bool:
         """Nothing is wrong and nothing is missing."""
-        return not (self.decoder or self.shards or self.strays)
+        return not (self.decoder or self.shards or self.strays or self.masks)
 
 
 def count_entries(root: Path) -> int:
@@ -97,8 +100,10 @@ def check(root: Path, advance: Advance = lambda _: None) -> Report:
             vouched.update(_vouched(files, contents, store.identity))
             if report.damage or report.unfinished:
                 shards.append(report)
+    sound, masks = _look_at_masks(root)
+    vouched.update(sound, masks)
     strays = [place for place in files_below(root) if place not in vouched and not _is_beside(place, root)]
-    return Report(images, decoder, shards, sorted(strays))
+    return Report(images, decoder, shards, sorted(strays), masks)
 
 
 def repair(root: Path, report: Report) -> tuple[int, list[Path]]:
@@ -116,10 +121,29 @@ def repair(root: Path, report: Report) -> tuple[int, list[Path]]:
         elif found.damage:
             Shard(root, found.split, found.number, identity).drop(found.lost)
             lost += len(found.lost)
+    for place in report.masks:
+        place.unlink(missing_ok=True)
     for place in report.strays:
         if place.suffix in _OURS or place.name.startswith(".tmp"):
             place.unlink(missing_ok=True)
     return lost, [place for place in report.strays if place.exists()]
+
+
+def mask_files(root: Path) -> list[Path]:
+    """Where automatic masks lie in a store, sorted."""
+    return sorted((root / FOLDER).rglob("*.json"))
+
+
+def _look_at_masks(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Files of automatic masks that are whole, and those that are not, with a sentence on each."""
+    sound, damaged = list[Path](), dict[Path, str]()
+    for place in mask_files(root):
+        try:
+            read_masks(place)
+            sound.append(place)
+        except DataError as error:
+            damaged[place] = str(error)
+    return sound, damaged
 
 
 def _contents(files: ShardFiles, store: str) -> tuple[Contents, list[str]]:
@@ -195,4 +219,5 @@ def _vouched(files: ShardFiles, contents: Contents, identity: Identity) -> Itera
 
 
 def _is_beside(place: Path, root: Path) -> bool:
-    return place.relative_to(root).parts[0] in _BESIDE
+    parts = place.relative_to(root).parts
+    return (parts[1] if parts[0] == FOLDER and len(parts) > 1 else parts[0]) in _BESIDE

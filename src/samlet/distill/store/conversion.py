@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from samlet.artefacts import write_file
+from samlet.distill.kept_masks import FOLDER, read_masks
 from samlet.distill.store.arrays import AFFINE, decoded
+from samlet.distill.store.checking import mask_files
 from samlet.distill.store.entries import Contents, ShardFiles, array_key, read_shard, remedy, shard_numbers, splits_of
 from samlet.distill.store.identity import Identity, decoder_file, open_store, read_store
 from samlet.distill.store.reader import StoreReader
@@ -44,6 +49,9 @@ def convert(
             if not contents.finished:
                 raise DataError(f"{path}: shard {number} of {split} is unfinished; extract again, then convert")
             _convert_shard(reader, contents, Shard(out, split, number, identity), pack, advance)
+    for place in mask_files(path):
+        read_masks(place)
+        write_file(out / place.relative_to(path), partial(shutil.copyfile, place))
     return identity
 
 
@@ -71,6 +79,7 @@ def usage(root: Path) -> dict[str, Counter[str]]:
     """
     store = read_store(root)
     found = {"": Counter({place.name: _size(place) for place in root.iterdir() if place.is_file()})}
+    found[""][FOLDER] = sum(map(_size, mask_files(root)))
     for split in splits_of(root):
         sizes = found[split] = Counter[str]()
         for number in shard_numbers(root, split):
