@@ -139,19 +139,73 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for evaluate.json and evaluate.md.")] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="Only the first n images.")] = None,
     device: Device = "auto",
+    everything: Annotated[
+        bool,
+        typer.Option("--everything", help="Automatic masks in place of prompts: AR, AP, boundary AP, calibration."),
+    ] = False,
+    points_per_side: Annotated[
+        int | None, typer.Option(min=1, help="With --everything: points along each side; by default as tuned, else 32.")
+    ] = None,
+    pred_iou_thresh: Annotated[
+        float | None, typer.Option(help="With --everything: keep masks that the model trusts more than this.")
+    ] = None,
+    stability_thresh: Annotated[
+        float | None, typer.Option(help="With --everything: keep masks that are at least this stable.")
+    ] = None,
+    fast: Annotated[
+        bool | None, typer.Option("--fast/--plain", help="With --everything: coarse points first, or all of them.")
+    ] = None,
 ) -> None:
-    """Measure mIoU and mDice at the original resolution, several checkpoints side by side."""
+    """Measure mIoU and mDice at the original resolution, or automatic masks, several checkpoints side by side."""
+    settings: dict[str, Any] = {
+        "points_per_side": points_per_side,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_thresh,
+        "fast": fast,
+    }
+    where: dict[str, Any] = {"split": split, "format": format, "image_size": image_size, "out": out}
+    where |= {"device": device, "max_images": max_images}
+    if everything:
+        from samlet.recipes.evaluate_everything import evaluate_everything
+
+        evaluate_everything(checkpoints, data, **where, **settings)
+        return
+    if any(value is not None for value in settings.values()):
+        raise SamletError("points, thresholds and --fast/--plain are of automatic masks: add --everything")
     from samlet.recipes.evaluate import evaluate
 
-    evaluate(
-        checkpoints,
+    evaluate(checkpoints, data, **where)
+
+
+@app.command("tune-amg", epilog="Example: samlet tune-amg runs/my my_images/ --metric f1")
+def tune_amg(
+    checkpoint: Annotated[str, typer.Argument(help="Weights, run or folder.")],
+    data: Annotated[Path, typer.Argument(help="The data set.")],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    metric: Annotated[
+        Literal["f1", "ar"], typer.Option(help="f1: few wrong masks and few missed objects; ar: recall alone.")
+    ] = "f1",
+    points_per_side: Annotated[
+        int | None, typer.Option(min=1, help="Points along each side of the grid; by default 32.")
+    ] = None,
+    format: Format = "auto",
+    image_size: ImageSize = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first n images.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Find the thresholds of automatic masks that suit a checkpoint, and leave them beside it as amg.json."""
+    from samlet.recipes.tune_amg import tune_amg
+
+    tune_amg(
+        checkpoint,
         data,
         split=split,
+        metric=metric,
+        points_per_side=points_per_side,
         format=format,
         image_size=image_size,
-        out=out,
-        device=device,
         max_images=max_images,
+        device=device,
     )
 
 

@@ -61,6 +61,7 @@ def test_recall_and_precision_by_hand() -> None:
     assert scores["ap75"] == 0.0
     assert scores["false_positives"] == 1.0
     assert scores["matched_iou"] == pytest.approx((0.7 + 0.5) / 2)
+    assert scores["f1"] == pytest.approx(2 / (1 / (2 / 3) + 1 / 1))
 
 
 def test_one_mask_for_one_object() -> None:

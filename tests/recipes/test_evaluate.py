@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from samlet.cli import app
 from samlet.data.opening import open_split
+from samlet.engine.naming import Named, name_checkpoints
 from samlet.errors import CheckpointError, DataError, SamletError
 from samlet.models import load_sam
-from samlet.recipes.evaluate import Named, evaluate, markdown, name_checkpoints
+from samlet.recipes.evaluate import evaluate, markdown
 from tests.data.builders import picture, save
 from tests.data.test_formats import DISCS, annotation, coco, entry, uncompressed
 from tests.tiny import STUDENT, write_scenes, write_teacher

@@ -125,7 +125,8 @@ def summarize_masks(images: Sequence[Overlaps]) -> dict[str, Any]:
 
     AR@k = mean over IoU 0.5, 0.55 ... 0.95 of recall with the k masks of the highest score of each image. AP = area
     under precision over recall (101 points), mean over the same IoU; up to 1000 masks an image. An image without masks
-    counts: its objects are missed. `false_positives`: masks an image that match no object at IoU 0.5, one to one.
+    counts: its objects are missed. `false_positives`: masks an image that match no object at IoU 0.5, one to one;
+    `f1` = 2 matched / (masks + objects), over all images together.
 
     Raises:
         DataError: there are no objects.
@@ -145,6 +146,7 @@ def summarize_masks(images: Sequence[Overlaps]) -> dict[str, Any]:
         **_precisions(plain),
         **{f"boundary_{name}": value for name, value in _precisions(edges).items()},
         "false_positives": (masks - len(found)) / len(images),
+        "f1": f1(len(found), masks, len(areas)),
         "matched": len(found),
         "matched_iou": float(found.mean()) if len(found) else None,
         "by_size": {
@@ -157,6 +159,11 @@ def summarize_masks(images: Sequence[Overlaps]) -> dict[str, Any]:
             for place, (size, (low, high)) in enumerate(SIZES.items())
         },
     }
+
+
+def f1(matched: int, masks: int, objects: int) -> float:
+    """Harmonic mean of precision matched / masks and recall matched / objects."""
+    return 2 * matched / max(masks + objects, 1)
 
 
 class _Evaluation(COCOeval):  # type: ignore[misc]

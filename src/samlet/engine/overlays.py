@@ -56,7 +56,7 @@ def save_overlay(
     """
     masks = {name: value.reshape(-1, *value.shape[-2:]) for name, value in panels.items()}
     _check(image, masks)
-    canvas = _canvas(image)
+    canvas = canvas_of(image)
     pictures = [(canvas, "image", ""), (_with_prompts(canvas, image, prompts), "prompt", "")]
     truth = masks.get(TRUTH)
     for name, value in masks.items():
@@ -76,7 +76,7 @@ def save_answer(
         SamletError: the file cannot be written.
     """
     _check(image, {"mask": mask[None]})
-    canvas = _canvas(image, min(max(*image.shape[:2], 640), 2048))
+    canvas = canvas_of(image, min(max(*image.shape[:2], 640), 2048))
     drawn = _with_prompts(with_masks(canvas, mask[None]), image, prompts)
     size = (drawn.width // FINER, drawn.height // FINER)
     smooth = drawn.resize(size, Image.Resampling.LANCZOS)
@@ -92,7 +92,7 @@ def save_numbered(path: Path, image: UInt8[np.ndarray, "H W 3"], labels: Int[np.
     """
     if labels.shape != image.shape[:2]:
         raise ValueError(f"labels must be of the image's size {image.shape[:2]}, got {labels.shape}")
-    canvas = _canvas(image, min(max(*image.shape[:2], 640), 1280))
+    canvas = canvas_of(image, min(max(*image.shape[:2], 640), 1280))
     finer = Image.fromarray(labels.astype(np.int32)).resize(canvas.size, Image.Resampling.NEAREST)
     numbers, pixels = np.asarray(finer), np.asarray(canvas).astype(np.float32)
     colours = np.array(PALETTE, np.float32)[(numbers - 1) % len(PALETTE)]
@@ -140,7 +140,8 @@ def _check(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"'{name}' has {len(value)} masks and the ground truth {len(masks[TRUTH])}")
 
 
-def _canvas(image: UInt8[np.ndarray, "H W 3"], longest: int = PANEL) -> Image.Image:
+def canvas_of(image: UInt8[np.ndarray, "H W 3"], longest: int = PANEL) -> Image.Image:
+    """The image at the size that is drawn on: `FINER` times that of the panel."""
     scale = longest * FINER / max(image.shape[:2])
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     return Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.LANCZOS)

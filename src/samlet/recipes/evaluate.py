@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from samlet.artefacts import write_json, write_text
 from samlet.data.opening import DEFAULT_SPLIT, open_split
+from samlet.engine.naming import Named, name_checkpoints, refuse_model
 from samlet.engine.progress import image_bar
-from samlet.errors import CheckpointError, DataError, SamletError
+from samlet.engine.tables import console_table, markdown_table, percent
+from samlet.errors import SamletError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from samlet.models import Sam
 
 DEFAULT_OUT = Path("evaluation")
-WEIGHTS = (".pt", ".pth", ".safetensors")
 TITLES = {"miou": "mIoU", "mdice": "mDice"}
 
 NOTES = """\
@@ -32,13 +31,6 @@ the object's most interior pixel, of three masks the one the model trusts most. 
 most interior pixel of the largest error, the last logits fed back. *box*: the object's exact box. Mean over
 objects; in brackets the 95 % interval of a bootstrap over images (1000 resamples, seeded). Sizes are COCO's:
 small is under 32 x 32 pixels, medium under 96 x 96."""
-
-
-class Named(NamedTuple):
-    """A checkpoint under the name it has in the tables."""
-
-    name: str
-    path: Path
 
 
 def evaluate(
@@ -87,54 +79,10 @@ def evaluate(
     return report
 
 
-def name_checkpoints(given: Sequence[str]) -> list[Named]:
-    """Each checkpoint with its name: `name=path`, or the file's stem, or the run's folder.
-
-    Raises:
-        CheckpointError: one that does not exist, or two of one name.
-    """
-    named: list[Named] = []
-    for text in given:
-        name, equals, path = text.partition("=")
-        one = Named(name, Path(path)) if equals and name and not Path(text).exists() else _by_itself(Path(text))
-        if not one.path.exists():
-            raise CheckpointError(f"{one.path}: no such file or folder; give a checkpoint, a run, or name=path")
-        if one.name in {other.name for other in named}:
-            raise CheckpointError(f"{one.path}: another checkpoint is called '{one.name}' too; write name={one.path}")
-        named.append(one)
-    if not named:
-        raise CheckpointError("checkpoints: there is none to evaluate")
-    return named
-
-
-def refuse_model(data: Path, named: Sequence[Named]) -> None:
-    """Say how it is meant where a model stands in the data set's place, the last one.
-
-    Raises:
-        DataError: it does.
-    """
-    if not is_model(data):
-        return
-    models = [str(one.path) for one in named if is_model(one.path)]
-    others = [str(one.path) for one in named if not is_model(one.path)]
-    meant = " ".join([*models, str(data), *(others[:1] or ["my_images/"])])
-    raise DataError(f"{data}: is a model, and the data set comes last; write samlet evaluate {meant}")
-
-
-def is_model(path: Path) -> bool:
-    """Whether a path looks like weights, a run or a Hugging Face model."""
-    from samlet.models.checkpoints import STUDENT
-    from samlet.models.hf import is_hf_folder
-
-    if path.is_file():
-        return path.suffix.lower() in WEIGHTS
-    return is_hf_folder(path) or any((folder / STUDENT).is_file() for folder in (path, path / "best"))
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
     tables = [
-        "\n".join([_line(header), _line(["---"] + ["---:"] * (len(header) - 1)), *map(_line, rows)])
+        markdown_table(header, rows)
         for header, rows in (
             *(_means(report, name, title) for name, title in TITLES.items()),
             _over_images(report),
@@ -144,12 +92,6 @@ def markdown(report: dict[str, Any]) -> str:
     first = next(iter(report["checkpoints"].values()))
     title = f"# Evaluation on {report['data']}, {first['images']} images, {first['objects']} objects"
     return "\n\n".join([title, *tables, NOTES]) + "\n"
-
-
-def _by_itself(path: Path) -> Named:
-    whole = path.resolve()
-    folder = whole.parent if whole.name == "best" else whole
-    return Named(folder.name if whole.is_dir() else whole.stem, path)
 
 
 def _measure(
@@ -184,12 +126,8 @@ def _publish(report: dict[str, Any], out: Path) -> None:
     console = Console()
     for name, title in TITLES.items():
         header, rows = _means(report, name, title)
-        table = Table(title=f"{title} on {report['data']}, percent", title_justify="left")
-        for place, heading in enumerate(["checkpoint", *header[1:]]):
-            table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
-        for row in rows:
-            table.add_row(*(escape(cell.partition(" [")[0]) for cell in row))
-        console.print(table)
+        shown = [[cell.partition(" [")[0] for cell in row] for row in rows]
+        console.print(console_table(f"{title} on {report['data']}, percent", ["checkpoint", *header[1:]], shown))
     console.print(
         f"wrote {out / 'evaluate.json'} and {out / 'evaluate.md'} (with 95 % intervals)",
         markup=False,
@@ -220,7 +158,7 @@ def _means(report: dict[str, Any], name: str, title: str) -> tuple[list[str], li
 def _over_images(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["mean over images", *(f"{_title(kind)} mIoU" for kind in report["prompts"])]
     rows = [
-        [name, *(_percent(facts["prompts"][kind]["miou_over_images"]) for kind in report["prompts"])]
+        [name, *(percent(facts["prompts"][kind]["miou_over_images"]) for kind in report["prompts"])]
         for name, facts in report["checkpoints"].items()
     ]
     return header, rows
@@ -231,16 +169,8 @@ def _sizes(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     sizes = first["prompts"][report["prompts"][0]]["by_size"]
     header = ["mIoU by object size"] + [f"{size} ({facts['objects']})" for size, facts in sizes.items()]
     rows = [
-        [f"{name}, {_title(kind)}", *(_percent(facts["prompts"][kind]["by_size"][size]["miou"]) for size in sizes)]
+        [f"{name}, {_title(kind)}", *(percent(facts["prompts"][kind]["by_size"][size]["miou"]) for size in sizes)]
         for name, facts in report["checkpoints"].items()
         for kind in report["prompts"]
     ]
     return header, rows
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,82 @@
+"""One checkpoint in everything mode on labelled images: automatic masks, the calibration of their scores, and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from samlet.engine.automatic_evaluation import overlaps, summarize_masks
+from samlet.engine.calibration import ask, join_guesses, summarize_calibration
+from samlet.engine.evaluation import unchanged_in_eval_mode
+from samlet.errors import DataError
+from samlet.models.amg import AmgSettings, AutomaticMaskGenerator, tuned_settings
+
+if TYPE_CHECKING:
+    from samlet.engine.automatic_evaluation import Rle
+    from samlet.engine.evaluation import Images
+    from samlet.models import Sam
+
+
+class Measured(NamedTuple):
+    """What came out of one checkpoint."""
+
+    scores: dict[str, Any]  # as summarize_masks has them
+    calibration: dict[str, Any]  # as summarize_calibration has it
+    seconds: float  # an image, for the automatic masks alone
+    shown: dict[int, list[Rle]]  # masks of the images that are to be drawn
+
+
+class Chosen(NamedTuple):
+    """The settings that a checkpoint is run with."""
+
+    settings: AmgSettings
+    is_tuned: bool  # whether its own were beside it
+
+
+def choose_settings(checkpoint: Path, **given: Any) -> Chosen:
+    """What `samlet tune-amg` left beside a checkpoint, else the defaults; `given` values that are not None win.
+
+    Raises:
+        SamletError: what lies there is damaged or of other weights, or a given value is out of range.
+    """
+    tuned = tuned_settings(checkpoint)
+    wanted = {name: value for name, value in given.items() if value is not None}
+    return Chosen(dataclasses.replace(tuned or AmgSettings(), **wanted), tuned is not None)
+
+
+def measure_everything(
+    sam: Sam,
+    images: Images,
+    settings: AmgSettings,
+    *,
+    indices: Iterable[int],
+    shown: Collection[int] = (),
+    on_image: Callable[[], object] | None = None,
+) -> Measured:
+    """Automatic masks of the images at `indices` against their objects. No autocast, no gradient.
+
+    Raises:
+        DataError: there is no object, or an image that cannot be read.
+    """
+    generator = AutomaticMaskGenerator.of(sam, settings)
+    scored, guesses, drawn = [], [], {}
+    seconds = 0.0
+    with unchanged_in_eval_mode(sam):
+        for index in indices:
+            item = images.item(index)
+            began = time.perf_counter()
+            masks = generator.find(item.image)
+            seconds += time.perf_counter() - began
+            scored.append(overlaps(masks.rles, masks.predicted_iou, item.masks))
+            guesses.append(ask(sam, item))
+            if index in shown:
+                drawn[index] = masks.rles
+            if on_image is not None:
+                on_image()
+    if not scored:
+        raise DataError("evaluation: there is no image to measure")
+    calibration = summarize_calibration(join_guesses(guesses))
+    return Measured(summarize_masks(scored), calibration, seconds / len(scored), drawn)
