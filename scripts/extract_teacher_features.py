@@ -5,6 +5,8 @@
         --output_base_dir precomputed/SAM_vitH --splits train val --fp16
 
 The configuration says which features (terms and their taps), input size and augmentation; the flags say the rest.
+`--mode everything --grid_points N` stores the teacher's automatic masks as well, found from N x N points on each image,
+for a run that learns them (mask_teacher).
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train"])
     parser.add_argument("--fp16", action="store_true", help="store half precision; on a GPU compute in it as well")
     parser.add_argument(
-        "--mode", choices=["point", "box", "mixed", "everything"], help="of the run that will read the store"
+        "--mode",
+        choices=["point", "box", "mixed", "everything"],
+        help="of the run that will read the store; everything: find and store the teacher's automatic masks, too",
     )
-    parser.add_argument("--grid_points", type=int, help="of that run; what is stored of an image suits any prompts")
+    parser.add_argument(
+        "--grid_points", type=int, help="with --mode everything: points on each side of the grid (32); no other effect"
+    )
     parser.add_argument("--processes", type=int, default=1, help="at work at once")
     given = parser.parse_args()
     teacher = {"name": given.teacher_name, "checkpoint": str(given.teacher_ckpt)}
@@ -41,8 +47,11 @@ def main() -> None:
         f"extraction.splits={json.dumps(given.splits)}",
         f"extraction.dtype={'fp16' if given.fp16 else 'fp32'}",
     ]
-    if given.mode in ("point", "box", "mixed"):
+    if given.mode is not None:
         overrides.append(f"dataset.mode={given.mode}")
+    if given.mode == "everything":
+        overrides += ["mask_teacher.enable=true", "mask_teacher.teacher=null", "mask_teacher.precomputed=null"]
+        overrides += [] if given.grid_points is None else [f"mask_teacher.points_per_side={given.grid_points}"]
     if given.fp16:
         import torch  # noqa: PLC0415
 
