@@ -156,6 +156,7 @@ def test_every_key_is_read(scenes: Path, tmp_path: Path) -> None:
             "dynamic_lambda": {"enable_plateau_scheduler": True, "patience": 1, "threshold": 0.9},
         },
         teachers=[{"name": "T", "checkpoint": str(teacher)}],
+        mask_teacher={"enable": True, "points_per_side": 2},
         training={"epochs": 2},
         validation={"overlays": 1},
         logging={"tensorboard": True, "curves": True},
