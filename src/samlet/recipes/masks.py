@@ -77,8 +77,8 @@ def masks(
         SamletError: something it was given cannot be used, or `out` is not its own to write.
     """
     console = Console()
-    targets, ignored = find_targets(images, out)
     refuse_foreign_folder(images, out)
+    targets, ignored = find_targets(images, out)
     settings, whose = choose_settings(checkpoint, thresholds or {}, plain=plain)
     for line in (whose, *ignored):
         _say(console, line)
