@@ -149,7 +149,7 @@ def test_each_method_trains_every_mode_with_distillation(made: tuple[Path, Path]
         tmp_path / "run",
         mask_teacher={"method": method},
         distillation={"enable": True, "encoder_patch": {}, "dense_mask_logits": {}},
-        dataset={"mode": "mixed" if method == "gt_override" else "point"},
+        dataset={"mode": {"replace_gt": "point", "gt_override": "mixed"}.get(method, "everything"), "grid_points": 4},
         augmentation={"enable": True},
     )
     seen = objects(labelled(config))
