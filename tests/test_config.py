@@ -129,7 +129,7 @@ def test_every_field_explains_itself() -> None:
         ({"training": {"min_learning_rate": 1.0}}, "is above learning_rate"),
         (
             {"distillation": {"enable": True, "use_precomputed_features": True}, "teachers": [{"name": "A"}]},
-            "is null; give the folder that `samlet extract` wrote into",
+            "is null; give the folder of the stores, which `samlet extract` writes and training reads",
         ),
         ({"teachers": [{"name": "A", "checkpoint": "."}] * 2}, "teachers.1.name: 'A' is taken"),
     ],

@@ -225,7 +225,7 @@ class RunConfig(StrictModel):
             return
         yield from self._answer_mistakes()
         if self.distillation.precomputed_root is None:
-            yield ("distillation", "precomputed_root"), "is null; give the folder that `samlet extract` wrote into"
+            yield ("distillation", "precomputed_root"), "is null; give the folder of the stores, which `samlet extract` writes and training reads"
         if self.augmentation.moves_images and self.augmentation.variants is None:
             yield (
                 ("augmentation", "variants"),
@@ -252,7 +252,7 @@ class RunConfig(StrictModel):
         elif self.masks_are_stored:
             features_too = self.distillation.enable and any(self.is_stored(teacher) for teacher in self.teachers)
             if self.distillation.precomputed_root is None and not features_too:
-                message = "is null; give the folder that `samlet extract` wrote the masks into"
+                message = "is null; give the folder of the stores, where `samlet extract` writes the masks"
                 yield ("distillation", "precomputed_root"), message
         else:
             if self.mask_source.checkpoint is None:

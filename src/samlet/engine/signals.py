@@ -21,7 +21,7 @@ class StopRequest:
             os._exit(128 + signal.SIGINT)
         self.signal = number
         again = "; Ctrl-C again leaves at once, without saving" if number == signal.SIGINT else ""
-        os.write(2, f"\nstopping after this step{again}\n".encode())
+        os.write(2, f"\nstopping after this step of work{again}\n".encode())
 
     @property
     def exit_code(self) -> int:
