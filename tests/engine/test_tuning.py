@@ -88,6 +88,15 @@ def test_the_sweep_says_what_the_generator_gives() -> None:
             assert table.recall[row, column] == pytest.approx(summary["matched"] / summary["objects"])
 
 
+def test_more_masks_than_a_byte_counts() -> None:
+    """pycocotools measures no more than 255 at once."""
+    image = np.zeros((20, 20, 3), np.uint8)
+    settings = dataclasses.replace(UNFILTERED, points_per_side=10)
+    every = blobs(settings).find(image)
+    assert len(every.rles) == 300
+    assert candidates(every, np.ones((1, 20, 20), np.bool_)).iou.shape == (300, 1)
+
+
 def by_hand() -> Candidates:
     """Two objects; the best mask of each, a duplicate of the first, a wrong one that is trusted most but unstable."""
     boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9], [40, 0, 49, 9]], np.float32)

@@ -63,7 +63,14 @@ def test_what_is_written(report: dict[str, Any]) -> None:
     assert 0 <= facts["calibration"]["ece"] <= 1
     table = (out / "everything.md").read_text(encoding="utf-8")
     assert table == markdown(report)
-    for words in ("AR@10 | AR@100 | AR@1000", "boundary AP", "FP/image", "ECE on objects", "| my \\| own |", "s/image"):
+    for words in (
+        "AR@10 | AR@100 | AR@1000",
+        "boundary AP",
+        "FP /image",
+        "ECE on objects",
+        "| my \\| own |",
+        "s /image",
+    ):
         assert words in table
     with Image.open(out / "everything.png") as sheet:
         assert sheet.width > 4 * 300  # image, ground truth and two models
@@ -100,6 +107,7 @@ def test_a_model_that_finds_nothing_scores_nothing(
     shown = capsys.readouterr().out
     assert "wrote" in shown
     assert "ECE" in shown
+    assert f"no mask passes its thresholds; `samlet tune-amg {weights / 'base.pt'} {scenes}`" in shown
 
 
 def test_tuned_settings_are_used_and_options_win(weights: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def plot_reliability(out: Path, checkpoints: Mapping[str, Mapping[str, Any]]) ->
 
     columns = min(len(checkpoints), COLUMNS)
     rows = -(-len(checkpoints) // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.3, 4.2 * rows), dpi=150, facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(3.4 * columns + 0.3, 4.5 * rows), dpi=150, facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3.4, 1] * rows)
@@ -183,7 +183,7 @@ def _draw_bins(axes: Axes, name: str, summary: Mapping[str, Any]) -> None:
     for row in bars:  # the gap that the ECE sums, at the bin's mean prediction
         axes.plot([row["predicted"]] * 2, [row["actual"], row["predicted"]], color="#e0452f", lw=1.3, zorder=3)
         axes.plot(row["predicted"], row["predicted"], "o", ms=2.6, color="#e0452f", zorder=4)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.set_ylabel("IoU with the best object", fontsize=7.5, color=FAINT)
     on_objects = summary["on_objects"]["ece"]
     told = f"ECE {summary['ece']:.3f}" + ("" if on_objects is None else f"\non objects {on_objects:.3f}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,7 +19,8 @@ def console_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, is_narrow: bool = False
 ) -> Table:
     """A table for a rich console; whatever the cells hold is no markup. Narrow: each word of a heading has a line."""
-    table = Table(title=escape(title), title_justify="left")
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False} if is_narrow else {}
+    table = Table(title=escape(title), title_justify="left", **look)
     for place, heading in enumerate(header):
         table.add_column(
             heading.replace(" ", "\n") if is_narrow else heading,

@@ -144,6 +144,11 @@ def publish(report: dict[str, Any], measured: Mapping[str, Measured], images: Va
     for header, rows in _tables(report):
         title = f"{header[0]}, {report['data']}"
         console.print(console_table(title, ["checkpoint", *header[1:]], rows, is_narrow=True))
+    for name, facts in report["checkpoints"].items():
+        if not facts["scores"]["masks"]:
+            again = f"samlet tune-amg {facts['path']} {report['data']}"
+            said = f"{name}: no mask passes its thresholds; `{again}` finds those that suit it"
+            console.print(said, markup=False, soft_wrap=True, highlight=False)
     console.print("wrote " + ", ".join(map(str, places)), markup=False, soft_wrap=True, highlight=False)
 
 
@@ -180,10 +185,9 @@ def _tables(report: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
 def _found(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     counts = list(next(iter(checkpoints.values()))["scores"]["ar"])
     columns = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "boundary AP": "boundary_ap"}
-    header = ["Automatic masks", "size", "input", *(f"AR@{count}" for count in counts), *columns]
+    header = ["Automatic masks", *(f"AR@{count}" for count in counts), *columns]
     rows = [
-        [name, f"{facts['parameters'] / 1e6:.2f} M", str(facts["image_size"])]
-        + [percent(facts["scores"]["ar"][count]) for count in counts]
+        [name, *(percent(facts["scores"]["ar"][count]) for count in counts)]
         + [percent(facts["scores"][key]) for key in columns.values()]
         for name, facts in checkpoints.items()
     ]
@@ -222,7 +226,7 @@ def _right(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[l
 
 def _sizes(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     sizes = next(iter(checkpoints.values()))["scores"]["by_size"]
-    header = ["AR@1000, AP, boundary AP by object size", *(f"{size} ({sizes[size]['objects']})" for size in sizes)]
+    header = ["AR@1000, AP, boundary AP by size", *(f"{size} ({sizes[size]['objects']})" for size in sizes)]
     rows = [
         [name, *(" / ".join(percent(by_size[size][key]) for key in ("ar", "ap", "boundary_ap")) for size in sizes)]
         for name, facts in checkpoints.items()
@@ -239,9 +243,15 @@ def _settings(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], lis
         "box NMS": "box_nms_thresh",
         "fast": "fast",
     }
-    header = ["Settings", *columns, "tuned"]
+    header = ["Settings", "size", "input", *columns, "tuned"]
     rows = [
-        [name, *(_plain(facts["settings"][key]) for key in columns.values()), _plain(facts["is_tuned"])]
+        [
+            name,
+            f"{facts['parameters'] / 1e6:.2f} M",
+            str(facts["image_size"]),
+            *(_plain(facts["settings"][key]) for key in columns.values()),
+            _plain(facts["is_tuned"]),
+        ]
         for name, facts in checkpoints.items()
     ]
     return header, rows

@@ -107,7 +107,7 @@ def publish(
     place = save_tuned(named.path, tuned, **facts, before=before, after=after)
     picture = place.with_suffix(".png")
     plot_sweep(picture, table, facts["metric"], *cells)
-    header = ["thresholds", "predicted IoU", "stability", "F1", "precision", "recall", "AR@1000", "masks /image"]
+    header = ["", "predicted IoU", "stability", "F1", "precision", "recall", "AR@1000", "masks /image"]
     rows = [
         [name, f"{one['pred_iou_thresh']:g}", f"{one['stability_score_thresh']:g}"]
         + [percent(one[key]) for key in ("f1", "precision", "recall", "ar")]

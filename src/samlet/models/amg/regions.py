@@ -45,7 +45,7 @@ def counts(rle: Rle) -> list[int]:
 
 def areas(rles: list[Rle]) -> Int[np.ndarray, "n"]:
     """Pixels of each mask."""
-    return np.asarray(coco_mask.area(rles) if rles else [], dtype=np.int64)
+    return np.array([int(coco_mask.area(rle)) for rle in rles], np.int64)  # pycocotools fails on 256 and more at once
 
 
 def _runs(rle: Rle) -> Int[np.ndarray, "runs"]:
