@@ -14,14 +14,13 @@ from samlet.data.dataset import SegmentationDataset
 from samlet.data.sampler import epoch_order
 from samlet.distill.kept_masks import FOLDER, Kept, KeptMasks, MaskFacts, mask_file, read_masks
 from samlet.distill.pseudo_labels import pseudo_labelled
-from samlet.distill.store.identity import described, differences
 from samlet.engine.automatic_masks import Asked, Find, ImageToMask, compute, look_at_all, tidy
 from samlet.engine.facts import digest
 from samlet.engine.progress import image_bar
 from samlet.engine.shard_loop import ImageCount
 from samlet.errors import ConfigError, DataError
 from samlet.models import load_sam
-from samlet.stores import COMMAND, facts_of
+from samlet.stores import COMMAND, facts_of, refuse_other_making
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -252,14 +251,8 @@ def _refuse_other_masks(facts: MaskFacts, folder: RunDir) -> None:
     Raises:
         ConfigError: another one; the first field that differs is named.
     """
-    former = folder.read_facts().get(KEY)
-    now: Mapping[str, Any] = facts._asdict()
-    then = {name: value for name, value in (former or {}).items() if name in now}
-    if former is not None and (found := next(differences(then, now), None)):
-        raise ConfigError(
-            f"{folder.facts}: this run learns from other automatic masks: mask_teacher's {described(*found)}; put the "
-            "teacher's former weights back, or choose another output_dir"
-        )
+    what = "this run learns from other automatic masks"
+    refuse_other_making(folder.read_facts().get(KEY), facts._asdict(), folder, what, "the teacher's former weights")
 
 
 def _repairable(read: Callable[[Path], KeptMasks], place: Path) -> KeptMasks:

@@ -32,7 +32,7 @@ from samlet.engine.validation import ForgettingGuard
 from samlet.errors import CheckpointError, ConfigError
 from samlet.labelling import label_by_teacher, training_images
 from samlet.models import Sam
-from samlet.stores import stored_features, stores_of
+from samlet.stores import facts_of_stores, stored_features, stores_of
 from samlet.types import Batch
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def set_up(
         train_set, facts = label_by_teacher(config, train_set, accelerator, folder, **limits)
     torch.manual_seed(config.seed)
     stores = stores_of(config, train_set)
+    facts |= facts_of_stores(stores, folder)
     for name, reader in stores.items():
         accelerator.print(f"{name}: features from {reader.root} ({reader.identity.dtype})")
     if stores:

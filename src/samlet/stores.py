@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import samlet
 from samlet.artefacts import sha256_of
 from samlet.data.sampler import SampleKey
 from samlet.distill.objectives import build_objectives
 from samlet.distill.store import Identity, StoreReader, read_identity, refuse_stale
+from samlet.distill.store.identity import described, differences
 from samlet.distill.stored import EMBEDDING, IOU, LOGITS, PROMPTS, TOKENS, StoredFeatures, stored_name
 from samlet.engine.progress import image_bar
-from samlet.errors import DataError
+from samlet.errors import ConfigError, DataError
 from samlet.frames import PREPROCESSING
 from samlet.models import load_sam
 from samlet.models.checkpoints import digest_of, plain_state
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from samlet.data.dataset import SegmentationDataset
     from samlet.data.records import Record
     from samlet.distill.configs import TeacherConfig
+    from samlet.engine.run_dir import RunDir
     from samlet.models.sam import Sam
 
 COMMAND = "samlet extract with this configuration"
@@ -62,6 +64,35 @@ def stores_of(config: RunConfig, data: SegmentationDataset) -> dict[str, StoreRe
     if readers:
         refuse_other_images(readers, data)
     return readers
+
+
+def facts_of_stores(readers: Mapping[str, StoreReader], folder: RunDir) -> dict[str, Any]:
+    """What run.json says of the stores that a run reads, which are the same from its first start to its last.
+
+    Raises:
+        ConfigError: the run began with other weights or another dtype; the first field that differs is named.
+    """
+    found: dict[str, Any] = {}
+    for name, reader in readers.items():
+        found[name] = {field: getattr(reader.identity, field) for field in ("teacher_sha256", "dtype", "precision")}
+        former = folder.read_facts().get("stores", {}).get(name)
+        refuse_other_making(former, found[name], folder, f"'{name}' is read from another store", "the former store")
+    return {"stores": found} if found else {}
+
+
+def refuse_other_making(
+    former: Mapping[str, Any] | None, now: Mapping[str, Any], folder: RunDir, what: str, remedy: str
+) -> None:
+    """A run goes on with targets of the making that it began with, `former`; None: it begins.
+
+    Raises:
+        ConfigError: another one; the first field that differs is named.
+    """
+    then = {name: value for name, value in (former or {}).items() if name in now}
+    if former is not None and (found := next(differences(then, now), None)):
+        raise ConfigError(
+            f"{folder.facts}: {what}: {described(*found)}; put {remedy} back, or choose another output_dir"
+        )
 
 
 def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDataset) -> None:

@@ -18,6 +18,7 @@ from samlet.extraction import Extractor, job_of, pictures_of
 from samlet.models import Sam
 from samlet.models.decoder_file import load_decoder
 from samlet.recipes.extract import extract
+from samlet.recipes.store import convert
 from samlet.recipes.train import train
 from tests.tiny import tiny_config, write_scenes, write_teacher
 
@@ -91,7 +92,7 @@ def assert_same_training(online: RunConfig, cached: RunConfig, tolerance: float)
         np.testing.assert_allclose(other_weights[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("point", 3), ("box", 3), ("mixed", 20)])
+@pytest.mark.parametrize(("mode", "steps"), [("point", 3), ("box", 3), ("mixed", 20), ("everything", 3)])
 def test_cached_equals_online_in_every_term(
     scenes: Path, teachers: list[dict[str, Any]], tmp_path: Path, mode: str, steps: int
 ) -> None:
@@ -225,6 +226,23 @@ def test_a_store_trains_without_the_teacher_file(scenes: Path, tmp_path: Path) -
     weights.unlink()
     alone = config_of(scenes, tmp_path / "alone", [{"name": "T"}], cached=True, training={"max_steps": 2})
     assert train(alone) == 0
+
+
+def test_a_run_does_not_go_on_with_a_store_of_other_numbers(scenes: Path, tmp_path: Path) -> None:
+    weights = write_teacher(tmp_path / "teacher.pth")
+    cached = config_of(
+        scenes, tmp_path / "run", [{"name": "T", "checkpoint": str(weights)}], cached=True, training={"max_steps": 2}
+    )
+    extract_all(cached)
+    store = cached.store_of(cached.teachers[0])
+    assert train(cached) == 0
+    shutil.move(store, tmp_path / "former")
+    assert convert(tmp_path / "former", store, dtype="fp16", pack=None) == 0
+    with pytest.raises(ConfigError, match=r"run\.json: 'T' is read from another store: dtype is 'fp32' there, 'fp16'"):
+        train(cached)
+    shutil.rmtree(store)
+    shutil.move(tmp_path / "former", store)
+    assert train(cached) == 0
 
 
 def test_colours_alone_may_vary_over_a_plain_store(
