@@ -30,7 +30,7 @@ class Candidates(NamedTuple):
 
     boxes: Float32[np.ndarray, "M 4"]  # (x0, y0, x1, y1)
     predicted: Float64[np.ndarray, "M"]
-    stability: Float64[np.ndarray, "M"]
+    stability: Float64[np.ndarray, "M"]  # NaN of an empty mask, which only the threshold 0 keeps
     iou: Float64[np.ndarray, "M O"]
 
 
@@ -54,15 +54,13 @@ class Cell(NamedTuple):
 
 
 def candidates(masks: AutomaticMasks, truth: Bool[np.ndarray, "O H W"]) -> Candidates:
-    """What the sweep needs of an image's unfiltered masks; empty ones are left out."""
-    shown = np.flatnonzero(masks.area > 0)
+    """What the sweep needs of an image's unfiltered masks."""
     corners = np.concatenate([masks.boxes[:, :2], masks.boxes[:, :2] + masks.boxes[:, 2:]], axis=1)
-    iou = pairwise_iou([masks.rles[place] for place in shown], [encode(mask) for mask in truth])
     return Candidates(
-        boxes=corners[shown].astype(np.float32),
-        predicted=masks.predicted_iou[shown].astype(np.float64),
-        stability=masks.stability_score[shown].astype(np.float64),
-        iou=iou,
+        boxes=corners.astype(np.float32),
+        predicted=masks.predicted_iou.astype(np.float64),
+        stability=masks.stability_score.astype(np.float64),
+        iou=pairwise_iou(masks.rles, [encode(mask) for mask in truth]),
     )
 
 

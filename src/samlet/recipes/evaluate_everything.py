@@ -179,7 +179,13 @@ def _sheet_rows(measured: Mapping[str, Measured], images: ValidationSet) -> Iter
 
 def _tables(report: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     checkpoints: dict[str, dict[str, Any]] = report["checkpoints"]
-    return [_found(checkpoints), _right(checkpoints), _sizes(checkpoints), _settings(checkpoints)]
+    return [
+        _found(checkpoints),
+        _right(checkpoints),
+        _calibration(checkpoints),
+        _sizes(checkpoints),
+        _settings(checkpoints),
+    ]
 
 
 def _found(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -195,17 +201,7 @@ def _found(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[l
 
 
 def _right(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "What is right",
-        "F1",
-        "matched IoU",
-        "masks/image",
-        "FP/image",
-        "ECE",
-        "ECE on objects",
-        "MAE",
-        "s/image",
-    ]
+    header = ["What is right", "F1", "matched IoU", "masks /image", "FP /image", "s /image"]
     rows = [
         [
             name,
@@ -213,15 +209,26 @@ def _right(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[l
             percent(scores["matched_iou"]),
             f"{scores['masks'] / scores['images']:.1f}",
             f"{scores['false_positives']:.1f}",
-            f"{calibration['ece']:.3f}",
-            "-" if calibration["on_objects"]["ece"] is None else f"{calibration['on_objects']['ece']:.3f}",
-            f"{calibration['mae']:.3f}",
             f"{facts['seconds_per_image']:.2f}",
         ]
         for name, facts in checkpoints.items()
-        for scores, calibration in [(facts["scores"], facts["calibration"])]
+        for scores in [facts["scores"]]
     ]
     return header, rows
+
+
+def _calibration(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["Calibration", "ECE", "ECE on objects", "MAE", "MAE on objects"]
+    rows = [
+        [name, *(_error(part[key]) for key in ("ece", "mae") for part in (found, found["on_objects"]))]
+        for name, facts in checkpoints.items()
+        for found in [facts["calibration"]]
+    ]
+    return header, rows
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _sizes(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -240,7 +247,6 @@ def _settings(checkpoints: Mapping[str, dict[str, Any]]) -> tuple[list[str], lis
         "points a side": "points_per_side",
         "predicted IoU": "pred_iou_thresh",
         "stability": "stability_score_thresh",
-        "box NMS": "box_nms_thresh",
         "fast": "fast",
     }
     header = ["Settings", "size", "input", *columns, "tuned"]
