@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from samlet.models.amg import AutomaticMasks
 
-PREDICTED_IOU = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.88, 0.9, 0.92, 0.94, 0.96)
+PREDICTED_IOU = (0.0, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.88, 0.92, 0.96)
 STABILITY = (0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98)
 METRICS = {"f1": "F1 at IoU 0.5", "ar": "AR@1000"}
 CHOSEN = "#e0452f"
