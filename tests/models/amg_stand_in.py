@@ -20,11 +20,8 @@ def scene(height: int, width: int) -> np.ndarray:
 class Blobs:
     """Answers a click with three sizes of the thing whose centre is nearest; `centres`: x, y, radius, height each."""
 
-    image_size: int = 1024
-
-    def __init__(self, centres: np.ndarray, least: float = -np.inf) -> None:
-        self.centres = centres
-        self.least = least  # clicks whose best estimate lies under it are answered by nothing
+    def __init__(self, centres: np.ndarray, image_size: int = 1024) -> None:
+        self.centres, self.image_size = centres, image_size
         self.asked: list[int] = []
         self.reset_image()
 
@@ -51,5 +48,5 @@ class Blobs:
         logits = np.exp(-square[:, None] / (2 * radius[..., None, None] ** 2)) - 0.5
         logits = torch.from_numpy(logits * nearest[:, 3, None, None, None]).float()
         iou = torch.from_numpy(1 - 0.1 * np.arange(3) - away.min(axis=1, keepdims=True) / 400).float()
-        rows = torch.arange(len(points))[iou.max(dim=1).values > max(self.least, min_iou or -np.inf)]
+        rows = torch.arange(len(points))[iou.max(dim=1).values > (-np.inf if min_iou is None else min_iou)]
         return Answers(rows, logits[rows], iou[rows])

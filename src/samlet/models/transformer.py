@@ -201,8 +201,9 @@ class Transformed(NamedTuple):
     attention: dict[str, Tensor]  # the maps asked for
 
     def take(self, rows: Bool[Tensor, "P"]) -> Transformed:
-        """Some of the prompts; a stream of one row stays that of all."""
-        streams = [stream if stream.shape[0] == 1 else stream[rows] for stream in self.streams]
+        """Some of the prompts; a stream of one row for several prompts stays that of all."""
+        shared = len(rows) > 1
+        streams = [stream if shared and stream.shape[0] == 1 else stream[rows] for stream in self.streams]
         return Transformed(self.tokens[rows], streams, {name: value[rows] for name, value in self.attention.items()})
 
 

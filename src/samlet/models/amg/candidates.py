@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jaxtyping import Float, Int
+    import numpy as np
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from samlet.models.amg.predicting import PointPredictor
-    from samlet.models.amg.settings import AmgSettings
 
 
 class Candidates(NamedTuple):
@@ -23,23 +23,27 @@ class Candidates(NamedTuple):
     point: Int[np.ndarray, "n"]
     iou: Float[np.ndarray, "n"]
 
+    def take(self, rows: Bool[np.ndarray, "n"]) -> Candidates:
+        """Those that are marked."""
+        if rows.all():
+            return self
+        return Candidates(
+            self.low_res[torch.from_numpy(rows).to(self.low_res.device)], self.point[rows], self.iou[rows]
+        )
+
 
 def candidates(
     predictor: PointPredictor,
     points: Float[np.ndarray, "P 2"],
     rows: Int[np.ndarray, "k"],
-    settings: AmgSettings,
+    at_a_time: int,
+    min_iou: float | None,
 ) -> Iterator[Candidates]:
-    """What `rows` of the points, (x, y) in pixels of the crop, give with estimates above the threshold, by batches."""
-    min_iou = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
-    for start in range(0, len(rows), settings.points_per_batch):
-        batch = rows[start : start + settings.points_per_batch]
+    """What `rows` of the points, (x, y) in pixels of the crop, give with estimates above `min_iou`, by batches."""
+    for start in range(0, len(rows), at_a_time):
+        batch = rows[start : start + at_a_time]
         answers = predictor.at_points(points[batch], min_iou)
-        iou = answers.iou.flatten()
-        low_res = answers.low_res_logits.flatten(0, 1)
+        iou = answers.iou.flatten().cpu().numpy()
         point = batch[answers.rows.cpu().numpy()].repeat(answers.iou.shape[1])
-        if min_iou is None:
-            yield Candidates(low_res, point, iou.cpu().numpy())
-        else:
-            above = iou > min_iou
-            yield Candidates(low_res[above], point[above.cpu().numpy()], iou[above].cpu().numpy())
+        found = Candidates(answers.low_res_logits.flatten(0, 1), point, iou)
+        yield found if min_iou is None else found.take(iou > min_iou)

@@ -1,7 +1,8 @@
 """The fast form: few clicks first, and only what may stay is ever brought to the image's size.
 
-1. Clicks in stages: every fourth point along each side, every second, all. A point is not clicked where a confident
-   mask of an earlier stage lies. (Hierarchical prompting as in TinySAM, arXiv:2312.13789, there in two stages.)
+1. Clicks in stages: every third point along each side, then the others; of these none where a confident mask lies
+   (hierarchical prompting as in TinySAM, arXiv:2312.13789), and none whose neighbours of the first stage saw nothing
+   hopeful: no mask at the click, or next to it, of nearly the wanted estimate.
 2. Stability on the low-res grid, with a margin under the threshold.
 3. Duplicates by low-res boxes, with slack over the threshold. What survives is enlarged and measured exactly, and takes
    part with its own box from then on; what fails there gives free what it had suppressed.
@@ -9,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,10 +20,12 @@ from samlet.frames import LOW_RES_STRIDE
 from samlet.models.amg.boxes import boxes_of, nms
 from samlet.models.amg.candidates import candidates
 from samlet.models.amg.found import Found
-from samlet.models.amg.points import coarse_to_fine
+from samlet.models.amg.points import coarse_to_fine, near
 from samlet.models.amg.regions import stability
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
@@ -30,9 +34,12 @@ if TYPE_CHECKING:
     from samlet.models.amg.predicting import PointPredictor
     from samlet.models.amg.regions import Rle
 
-STRIDES = (4, 2)
-STABILITY_MARGIN = 0.1  # the low-res grid shows a small mask's stability roughly,
-BOX_SLACK = 0.1  # and its box by a cell or so
+STRIDES = (3, 1)
+HOPE = 0.75  # share of the wanted estimate from which a mask says that there is something
+CONFIDENCE = 0.5  # a mask that covers points is estimated so far from the wanted estimate to 1,
+COVER = 0.1  # and no larger than this share of the crop: on a wall or a street there may be more to find
+STABILITY_MARGIN = 0.2  # the low-res grid shows a small mask's stability roughly,
+BOX_SLACK = 0.2  # and its box by a cell or so
 
 
 class Pool(NamedTuple):
@@ -65,16 +72,23 @@ def search_coarse_to_fine(
     enlarge: Enlarger,
 ) -> Found:
     """The masks of a crop; `grid` are its points over the unit square, `points` the same in its pixels."""
-    pool = settled(nothing(), enlarge)
+    settings, wanted = enlarge.settings, enlarge.settings.min_iou
     cells = cells_of(points, enlarge)
-    covered = np.zeros(len(points), dtype=bool)
-    for stage in coarse_to_fine(grid, STRIDES):
-        for found in candidates(predictor, points, stage[~covered[stage]], enlarge.settings):
-            fresh, sure = looked_over(found, enlarge)
-            covered |= lies_in(found.low_res[torch.from_numpy(sure).to(found.low_res.device)], cells)
-            pool = pool.joined(fresh)
+    pool = nothing()
+    asked, covered, hopeful = (np.zeros(len(points), dtype=bool) for _ in range(3))
+    worth = ~asked
+    for stride, stage in zip(STRIDES, coarse_to_fine(grid, STRIDES), strict=True):
+        rows = stage[worth[stage] & ~covered[stage]]
+        asked[stage] = True
+        min_iou = wanted if wanted is None or stride == STRIDES[-1] else HOPE * wanted
+        for found in candidates(predictor, points, rows, settings.points_per_batch, min_iou):
+            hopeful[found.point[at_click(found, cells)]] = True
+            likely = looked_over(found if wanted is None else found.take(found.iou > wanted), enlarge)
+            pool = pool.joined(likely)
+            covered |= lies_in(covering(likely, enlarge), cells)
             if sum(logits.nbytes for logits in pool.low_res if logits is not None) > enlarge.memory_budget:
                 pool = settled(pool, enlarge)
+        worth = near(grid, asked, hopeful | covered, stride - 1)
     pool = settled(pool, enlarge)
     count = len(pool.iou)
     clicks = points[pool.point] + np.array(enlarge.crop[:2])
@@ -98,20 +112,16 @@ def settled(pool: Pool, enlarge: Enlarger) -> Pool:
         pool = pool.take(np.setdiff1d(np.arange(len(pool.iou)), fresh[~full.passed]))
 
 
-def looked_over(found: Candidates, enlarge: Enlarger) -> tuple[Pool, Bool[np.ndarray, "n"]]:
-    """Candidates that may be stable enough, with their low-res boxes in the image; and which of all surely are."""
-    height, width = (-(-side // LOW_RES_STRIDE) for side in enlarge.input_size)
-    image = found.low_res[:, :height, :width]  # what lies beyond is padding
+def looked_over(found: Candidates, enlarge: Enlarger) -> Pool:
+    """Candidates that may be stable enough, with their low-res boxes in the image."""
+    image = unpadded(found.low_res, enlarge)
     settings = enlarge.settings
     measured = stability(image, settings.stability_score_offset).cpu().numpy()
     wanted = settings.stability_score_thresh
-    sure, may = measured >= wanted, measured >= wanted - STABILITY_MARGIN
-    if wanted <= 0:
-        sure = may = np.ones(len(measured), dtype=bool)
-    rows = np.flatnonzero(may)
+    rows = np.flatnonzero((measured >= wanted - STABILITY_MARGIN) | (wanted <= 0))
     here = torch.from_numpy(rows).to(image.device)
     count = len(rows)
-    pool = Pool(
+    return Pool(
         list(found.low_res[here]),
         [None] * count,
         in_image(boxes_of(image[here] > 0), enlarge),
@@ -120,7 +130,21 @@ def looked_over(found: Candidates, enlarge: Enlarger) -> tuple[Pool, Bool[np.nda
         found.point[rows],
         np.zeros(count, dtype=bool),
     )
-    return pool, sure
+
+
+def covering(pool: Pool, enlarge: Enlarger) -> list[Tensor]:
+    """The candidates, none of them enlarged yet, under which no further point is clicked."""
+    settings = enlarge.settings
+    least = settings.pred_iou_thresh + CONFIDENCE * max(1 - settings.pred_iou_thresh, 0)
+    sure = (pool.iou >= least) & (pool.stability >= settings.stability_score_thresh)
+    chosen = [logits for logits, is_sure in zip(pool.low_res, sure, strict=True) if is_sure and logits is not None]
+    return [logits for logits in chosen if (unpadded(logits, enlarge) > 0).float().mean() <= COVER]
+
+
+def unpadded(low_res: Float[Tensor, "*n h w"], enlarge: Enlarger) -> Float[Tensor, "*n h w"]:
+    """The part of low-res logits that the image takes up."""
+    height, width = (-(-side // LOW_RES_STRIDE) for side in enlarge.input_size)
+    return low_res[..., :height, :width]
 
 
 def in_image(boxes: Float[np.ndarray, "n 4"], enlarge: Enlarger) -> Float[np.ndarray, "n 4"]:
@@ -140,10 +164,20 @@ def cells_of(points: Float[np.ndarray, "P 2"], enlarge: Enlarger) -> Int[np.ndar
     return np.clip(points * scale / LOW_RES_STRIDE, 0, last).astype(np.int64)
 
 
-def lies_in(low_res: Float[Tensor, "n h w"], cells: Int[np.ndarray, "P 2"]) -> Bool[np.ndarray, "P"]:
+def at_click(found: Candidates, cells: Int[np.ndarray, "P 2"]) -> Bool[np.ndarray, "n"]:
+    """Which masks have a box that holds their own click, or passes it by no more than the grid's next point."""
+    around, clicks = boxes_of(found.low_res > 0), cells[found.point]
+    reach = np.ptp(cells, axis=0) / max(math.isqrt(len(cells)) - 1, 1)
+    inside: Bool[np.ndarray, "n"] = ((clicks >= around[:, :2] - reach) & (clicks <= around[:, 2:] + reach)).all(axis=1)
+    return inside
+
+
+def lies_in(masks: Sequence[Float[Tensor, "h w"]], cells: Int[np.ndarray, "P 2"]) -> Bool[np.ndarray, "P"]:
     """Which cells any of the masks covers."""
-    columns, rows = torch.from_numpy(cells).to(low_res.device).unbind(1)
-    return np.asarray((low_res[:, rows, columns] > 0).any(dim=0).cpu())
+    if not masks:
+        return np.zeros(len(cells), dtype=bool)
+    columns, rows = torch.from_numpy(cells).to(masks[0].device).unbind(1)
+    return np.asarray((torch.stack(list(masks))[:, rows, columns] > 0).any(dim=0).cpu())
 
 
 def nothing() -> Pool:

@@ -37,11 +37,13 @@ class AutomaticMaskGenerator:
     `fast=False` gives SAM's answer: every point is decoded; every mask whose estimated IoU passes is brought to the
     image's size; stability, boxes and duplicates are judged there. `fast=True` differs from it where
 
-    * a point is not clicked because a confident mask from a coarser grid covers it: of things that lie in or under such
-      a mask, those that only this point would have shown are missing (the mask's own parts mostly are among the three
-      answers to the coarser point);
-    * a mask is dropped whose stability on the low-res grid is more than 0.1 under the threshold;
-    * a mask is dropped as a duplicate whose low-res box overlaps a better one's by 0.1 more than the threshold.
+    * a point is not clicked because a mask from the coarser grid covers it that is confident (estimated half way from
+      the threshold to 1, or higher), stable, and no larger than a tenth of the crop: of things in such a mask, those
+      that only this point would have shown are missing, and the mask may not be the best that any click gives;
+    * a point is not clicked because none of the coarser clicks around it gave a mask there that is estimated above 3/4
+      of the threshold: a thing smaller than the coarser grid's meshes, a tenth of the side, may be missed;
+    * a mask is dropped whose stability on the low-res grid is more than 0.2 under the threshold;
+    * a mask is dropped as a duplicate whose low-res box overlaps a better one's by 0.2 more than the threshold.
 
     What is kept has, in either form, its exact mask, box, stability and estimate: no threshold is loosened.
     """
@@ -184,14 +186,15 @@ def search_every_point(
 ) -> Found:
     """The masks of a crop by the plain form; `grid` is `points`, (x, y) in its pixels, over the unit square."""
     parts = []
-    for some in candidates(predictor, points, np.arange(len(grid)), enlarge.settings):
+    settings = enlarge.settings
+    for some in candidates(predictor, points, np.arange(len(grid)), settings.points_per_batch, settings.min_iou):
         full = enlarge(some.low_res)
         rows = np.flatnonzero(full.passed)
         clicks = (points[some.point[rows]] + np.array(enlarge.crop[:2])).astype(np.float32)
         crops = np.tile(np.array(enlarge.crop.box, np.float32), (len(rows), 1))
         parts.append(Found(full.rles, full.boxes[rows], some.iou[rows], full.stability[rows], clicks, crops))
     found = joined(parts)
-    return found.take(nms(found.boxes, found.iou, enlarge.settings.box_nms_thresh))
+    return found.take(nms(found.boxes, found.iou, settings.box_nms_thresh))
 
 
 def _grids(settings: AmgSettings, given: Sequence[Float[np.ndarray, "n 2"]] | None) -> list[Float[np.ndarray, "n 2"]]:

@@ -54,6 +54,11 @@ class AmgSettings:
         for name, value in self.as_dict().items():
             _check(name, value)
 
+    @property
+    def min_iou(self) -> float | None:
+        """The estimate that a mask must exceed; None: any will do."""
+        return self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
+
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as JSON takes them."""
         return dataclasses.asdict(self)
