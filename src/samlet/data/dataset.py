@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -258,7 +259,8 @@ class SegmentationDataset(Dataset[Sample]):
 
         Only where an image's masks are `complete` is a point beside all of them known to lie on no object.
         """
-        grid = grid._replace(jitter=grid.jitter and not self.prompts.fixed)
+        if self.prompts.fixed:
+            grid, objects = grid._replace(jitter=False), sorted(objects, key=itemgetter(0))
         masks = [mask for _, mask in objects]
         boxes = self.prompts._replace(mode="box")
         boxed = [

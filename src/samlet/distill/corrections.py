@@ -52,8 +52,11 @@ def corrected(
     points = torch.stack([columns, rows], dim=1) * side + (side - 1) / 2
     missed = wanted[torch.arange(len(rows), device=rows.device), rows, columns]
     labels = torch.where(missed, POSITIVE, NEGATIVE).where(clicked, torch.tensor(PADDING, device=missed.device))
-    mask = answer_of(student, batch).logits.detach()[:, None].float() if settings.mask_input else None
-    return with_click(batch.prompts, points, labels, clicked)._replace(mask_input=mask)
+    prompts = with_click(batch.prompts, points, labels, clicked)
+    if not settings.mask_input:
+        return prompts._replace(mask_input=None)
+    logits = answer_of(student, batch).logits.detach()[:, None]
+    return prompts._replace(mask_input=logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def reference(

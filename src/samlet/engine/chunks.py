@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from samlet.engine.memory import give_back_freed_memory
 from samlet.types import Batch
 
 R = TypeVar("R")
@@ -33,9 +34,15 @@ def part_of(batch: Batch, rows: slice) -> Batch:
     )
 
 
-def computed_again(work: Callable[[], R]) -> R:
+def computed_again(work: Callable[[], R], device: torch.device) -> R:
     """`work()`, which keeps nothing for the backward pass but is done once more there. It must draw nothing."""
     if not torch.is_grad_enabled():
         return work()
-    found: R = checkpoint(work, use_reentrant=False, preserve_rng_state=False)
+
+    def alone_in_memory() -> R:
+        if device.type == "cpu":
+            give_back_freed_memory()
+        return work()
+
+    found: R = checkpoint(alone_in_memory, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     return found

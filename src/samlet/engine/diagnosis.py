@@ -19,6 +19,7 @@ from samlet.distill.answers import best_iou
 from samlet.distill.objectives import Objective
 from samlet.distill.teacher import LiveTeacher
 from samlet.distill.views import View
+from samlet.engine.chunks import chunks_of, part_of
 from samlet.engine.evaluation import unchanged_in_eval_mode
 from samlet.types import Batch, ImageFeatures, MaskOutput
 
@@ -83,6 +84,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
+        self.open: list[str] = []  # what is being timed
 
     def now(self) -> float:
         """The time, once all that was asked of the device is done."""
@@ -94,7 +96,9 @@ class Stopwatch:
     def running(self, name: str) -> Iterator[None]:
         """Add the time of a block."""
         began = self.now()
+        self.open.append(name)
         yield
+        self.open.remove(name)
         self.add(name, self.now() - began)
 
     def add(self, name: str, seconds: float) -> None:
@@ -118,7 +122,7 @@ def read_terms(step: TrainStep, batch: Batch, teach: Callable[[Batch], tuple[Les
         )
         for name, value in terms.weighted.items()
     }
-    return Reading(readings, *_judged_by_truth(step.student, batch, lessons), _weights(step, terms))
+    return Reading(readings, *_judged_by_truth(step, batch, lessons), _weights(step, terms))
 
 
 @dataclass(frozen=True)
@@ -154,14 +158,19 @@ def module_of(name: str) -> str:
     return name.removeprefix("student.").partition(".")[0]
 
 
-def _judged_by_truth(student: Sam, batch: Batch, lessons: Sequence[Lesson]) -> tuple[float | None, dict[str, float]]:
+def _judged_by_truth(step: TrainStep, batch: Batch, lessons: Sequence[Lesson]) -> tuple[float | None, dict[str, float]]:
     if not bool(batch.labelled.any()):
         return None, {}
+    student, own = step.student, list[Tensor]()
+    theirs: dict[str, list[Tensor]] = {lesson.name: [] for lesson in lessons}
     with unchanged_in_eval_mode(student):
         features = student.encode(batch.pixels)
-        own = best_iou(student.decode(features, batch.prompts, multimask_output=None), batch)
-        theirs = {lesson.name: best_iou(lesson.answer(batch.prompts), batch) for lesson in lessons}
-    return _mean(own, batch), {name: _mean(found, batch) for name, found in theirs.items()}
+        for rows in chunks_of(batch, step.prompts_per_chunk):
+            part = part_of(batch, rows)
+            own.append(best_iou(student.decode(features, part.prompts, multimask_output=None), part))
+            for lesson in lessons:
+                theirs[lesson.name].append(best_iou(lesson.answer(part.prompts), part))
+    return _mean(torch.cat(own), batch), {name: _mean(torch.cat(found), batch) for name, found in theirs.items()}
 
 
 def _mean(found: Tensor, batch: Batch) -> float:
@@ -184,7 +193,7 @@ def _listening(step: TrainStep, watch: Stopwatch) -> Iterator[None]:
 def _timed(objective: Objective, watch: Stopwatch) -> Objective:
     def compare(student: View, teacher: View, batch: Batch) -> Tensor:
         copies, leaves = _leaves(student)
-        with watch.running(f"distill/{objective.name}"), torch.enable_grad():
+        with watch.running(f"distill/{objective.name}"), torch.enable_grad(), _kept_as_ever():
             torch.autograd.grad(objective.compare(copies, teacher, batch).sum(), leaves, allow_unused=True)
         return objective.compare(student, teacher, batch)
 
@@ -194,16 +203,22 @@ def _timed(objective: Objective, watch: Stopwatch) -> Objective:
 def _timed_task(loss: Callable[..., dict[str, Tensor]], watch: Stopwatch) -> Any:
     def timed(logits: Tensor, iou: Tensor, *rest: Tensor) -> dict[str, Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in (logits, iou)]
-        began = watch.now()
-        terms = loss(*leaves, *rest)
-        shared = (watch.now() - began) / len(terms)  # the three are computed together
-        for name, value in terms.items():
-            with watch.running(f"task/{name}"):
-                torch.autograd.grad(value.sum(), leaves, allow_unused=True, retain_graph=True)
-            watch.add(f"task/{name}", shared)
+        with torch.enable_grad(), _kept_as_ever():
+            began = watch.now()
+            terms = loss(*leaves, *rest)
+            shared = (watch.now() - began) / len(terms)  # the three are computed together
+            for name, value in terms.items():
+                with watch.running(f"task/{name}"):
+                    torch.autograd.grad(value.sum(), leaves, allow_unused=True, retain_graph=True)
+                watch.add(f"task/{name}", shared)
         return loss(logits, iou, *rest)
 
     return timed
+
+
+def _kept_as_ever() -> torch.autograd.graph.saved_tensors_hooks:
+    """For a backward pass of its own inside a chunk that is computed again, which this is no part of."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _leaves(view: View) -> tuple[View, list[Tensor]]:
@@ -234,7 +249,7 @@ class StepTimes:
     data: float = 0.0
     teacher: float = 0.0
     student: float = 0.0  # forward, with the losses
-    backward: float = 0.0  # with clipping
+    backward: float = 0.0  # with clipping, and with what chunks of prompts compute once more for it
     optimizer: float = 0.0
     parts: tuple[str, ...] = field(default=("data", "teacher", "student", "backward", "optimizer"), repr=False)
 
@@ -312,6 +327,8 @@ def _timed_teacher(teacher: Any, watch: Stopwatch) -> Iterator[None]:
         method = getattr(teacher, verb)
 
         def call(*given: Any) -> Any:
+            if verb == "decode" and "forward" not in watch.open:  # once more, for the backward pass
+                return method(*given)
             with watch.running(verb):
                 return method(*given)
 

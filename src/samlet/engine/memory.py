@@ -1,4 +1,4 @@
-"""Main memory: kept between steps in place of given back and paid for again, and how much of it a run has used."""
+"""Main memory: kept between steps, given back between chunks of one, and how much of it a run has used."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def keep_freed_memory() -> bool:
         return False
     options = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD))
     return all([mallopt(option, value) == 1 for option, value in options])
+
+
+def give_back_freed_memory() -> bool:
+    """Let glibc return the pages that it holds free; whether it could be told so.
+
+    What a chunk of prompts leaves for the backward pass is small but lies between large freed tensors, and the next
+    chunk's fit into none of the gaps: kept, they add up over the chunks.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and trim(0) == 1
 
 
 def peak_memory(device: torch.device) -> int:

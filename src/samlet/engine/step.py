@@ -128,7 +128,7 @@ class TrainStep(nn.Module):
         seen: dict[str, Tensor] = {}
         for rows in chunks:
             compare = partial(self._compare, question, rows, per_image, is_last=rows is chunks[-1])
-            found = compare() if len(chunks) == 1 else computed_again(compare)
+            found = compare() if len(chunks) == 1 else computed_again(compare, batch.pixels.device)
             _add(raw, found.raw)
             _add(seen, found.seen)
             per_image = found.per_image
