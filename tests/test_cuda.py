@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from samlet.engine.checkpoint import checkpoints_in
-from samlet.models import build_sam
+from samlet.models import AmgSettings, AutomaticMaskGenerator, build_sam
 from samlet.models.predictor import make_prompts
 from samlet.recipes.train import train
+from tests.models.sizes import small_sam
 from tests.tiny import IMAGE_SIZE, STUDENT, TEACHER, tiny_config, write_scenes, write_teacher
 
 pytestmark = [
@@ -42,6 +44,18 @@ def test_a_gpu_answers_as_the_cpu_does(kind: str, sizes: dict[str, Any]) -> None
         )
     scale = float(here.low_res_logits.abs().max())
     assert float((here.low_res_logits - there.low_res_logits.cpu()).abs().max()) < 2e-3 * scale
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_gpu_finds_the_masks_of_the_cpu(fast: bool) -> None:
+    sam = small_sam()
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    settings = AmgSettings(8, 16, -1.0, 0.1, 0.05, fast=fast)
+    here = AutomaticMaskGenerator.of(sam, settings).find(image)
+    there = AutomaticMaskGenerator.of(sam.cuda(), settings).find(image)
+    assert len(here.rles) == len(there.rles) > 0
+    assert np.allclose(here.predicted_iou, there.predicted_iou, atol=2e-3)
+    assert np.abs(here.area - there.area).max() <= 0.02 * 50 * 70
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

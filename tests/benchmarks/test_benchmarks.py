@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.machine import Bench, Ceilings
 from benchmarks.models import build
+from PIL import Image
 
-from benchmarks import decoder, encoder, objectives, plain, step
+from benchmarks import amg, decoder, encoder, objectives, plain, step
+from samlet.models import AutomaticMaskGenerator
 
 QUICK = ["--device", "cpu", "--tiny", "--repeats", "1"]
 RUNS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
@@ -69,3 +72,37 @@ def test_the_parts_of_a_step_are_all_there(tmp_path: Path) -> None:
     parts = training.run()
     assert list(parts) == step.PARTS
     assert min(parts.values()) > 0
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_the_forms_of_the_automatic_generator_are_compared(tmp_path: Path) -> None:
+    (tmp_path / "val/images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in (1, 2):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"val/images/{number}.png")
+    truth = {
+        "info": {},
+        "categories": [{"id": 1, "name": "thing"}],
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 50} for i in (1, 2)],
+        "annotations": [
+            {
+                "id": i,
+                "image_id": i,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": 100,
+                "bbox": [5, 5, 10, 10],
+                "segmentation": [[5, 5, 15, 5, 15, 15, 5, 15]],
+            }
+            for i in (1, 2)
+        ],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    path = tmp_path / "out.json"
+    thresholds = ["--pred-iou-thresh=-9", "--stability-score-thresh", "0", "--points-per-side", "4"]
+    assert amg.main([*QUICK, "none", str(tmp_path), *thresholds, "--json", str(path)]) == 0
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert [row["form"] for row in content["tables"][0]["rows"]] == ["all upscaled", "plain", "fast"]
+    assert float(content["tables"][0]["rows"][1]["masks an image"]) > 0
+    same = [AutomaticMaskGenerator(build("vit_t", 64, tiny=True), 4, 64, -9.0, 0.0).find(np.zeros((9, 9, 3), np.uint8))]
+    assert amg.mean_best_iou(same, same) == 1

@@ -153,7 +153,7 @@ def in_image(boxes: Float[np.ndarray, "n 4"], enlarge: Enlarger) -> Float[np.nda
     scale = LOW_RES_STRIDE * np.array([(x1 - x0) / enlarge.input_size[1], (y1 - y0) / enlarge.input_size[0]])
     first, last = boxes[:, :2] * scale, (boxes[:, 2:] + 1) * scale - 1
     placed = np.concatenate([first, np.clip(last, first, [x1 - x0 - 1, y1 - y0 - 1])], axis=1)
-    return (placed + np.array([x0, y0, x0, y0])).astype(np.float32)
+    return np.asarray(placed + np.array([x0, y0, x0, y0]), dtype=np.float32)
 
 
 def cells_of(points: Float[np.ndarray, "P 2"], enlarge: Enlarger) -> Int[np.ndarray, "P 2"]:
@@ -161,7 +161,7 @@ def cells_of(points: Float[np.ndarray, "P 2"], enlarge: Enlarger) -> Int[np.ndar
     x0, y0, x1, y1 = enlarge.crop.box
     scale = np.array([enlarge.input_size[1] / (x1 - x0), enlarge.input_size[0] / (y1 - y0)])
     last = enlarge.image_size // LOW_RES_STRIDE - 1
-    return np.clip(points * scale / LOW_RES_STRIDE, 0, last).astype(np.int64)
+    return np.asarray(np.clip(points * scale / LOW_RES_STRIDE, 0, last), dtype=np.int64)
 
 
 def at_click(found: Candidates, cells: Int[np.ndarray, "P 2"]) -> Bool[np.ndarray, "n"]:

@@ -56,4 +56,4 @@ def near(
 
 def cells_of_square(points: Float[np.ndarray, "n 2"]) -> Int[np.ndarray, "n 2"]:
     """The cell of each point, (x, y) over the unit square, if as many cells as points lie in a square."""
-    return np.floor(points * max(math.isqrt(len(points)), 1)).astype(np.int64)
+    return np.asarray(np.floor(points * max(math.isqrt(len(points)), 1)), dtype=np.int64)
