@@ -225,7 +225,10 @@ class RunConfig(StrictModel):
             return
         yield from self._answer_mistakes()
         if self.distillation.precomputed_root is None:
-            yield ("distillation", "precomputed_root"), "is null; give the folder of the stores, which `samlet extract` writes and training reads"
+            yield (
+                ("distillation", "precomputed_root"),
+                "is null; give the folder of the stores, which `samlet extract` writes and training reads",
+            )
         if self.augmentation.moves_images and self.augmentation.variants is None:
             yield (
                 ("augmentation", "variants"),

@@ -106,7 +106,7 @@ def label_by_teacher(
         accelerator.wait_for_everyone()
         kept = {name: asked.kept.brief for name, asked in _looked_at(items, facts, data.broken) if asked.kept}
     labelled = with_masks(config, data, kept)
-    count = sum(masks.count for masks in kept.values())
+    count = sum(masks.number_of_masks for masks in kept.values())
     accelerator.print(
         f"{config.mask_source.name}: {count} automatic masks on {len(kept)} images ({config.mask_teacher.method}); "
         f"{labelled.num_labelled} of {len(labelled)} images have objects"

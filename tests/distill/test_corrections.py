@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
 from samlet.data.batches import collate
+from samlet.data.configs import AugmentationConfig, DatasetConfig, PromptConfig
 from samlet.data.sampler import SampleKey
 from samlet.data.synthetic import write_dataset
 from samlet.distill.corrections import Corrections, corrected, draws, uniform_cell

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from samlet.engine.memory import keep_freed_memory
 from samlet.engine.step import Counts, TrainStep
 from samlet.losses.configs import TaskLossConfig
 from samlet.models import build_sam
@@ -19,6 +20,7 @@ def main() -> None:
     """One image, forward and backward."""
     side, prompts, objects, size, tiny = map(int, sys.argv[1:])
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a run on a CPU does
     torch.manual_seed(0)
     student = build_sam("vit_t", side, **(STUDENT if tiny else {})).eval()
     batch = Batch(

@@ -49,7 +49,7 @@ class Kept(NamedTuple):
     """A file of masks that was found to be whole."""
 
     place: Path
-    count: int
+    number_of_masks: int
     digest: str
 
 
@@ -128,11 +128,11 @@ def read_masks(place: Path) -> KeptMasks:
     try:
         facts = MaskFacts(*(content[name] for name in MaskFacts._fields))
         height, width = content["size"]
-        parts = [content[name] for name in _PARTS]
-        if any(len(part) != len(content["rles"]) for part in parts):
+        parts = {name: content[name] for name in _PARTS}
+        if any(len(part) != len(content["rles"]) for part in parts.values()):
             raise ValueError("its lists are of different lengths")
         return KeptMasks(
-            place, facts, content["image_sha256"], (height, width), content["rles"], *parts, digest=content[SEAL]
+            place, facts, content["image_sha256"], (height, width), content["rles"], digest=content[SEAL], **parts
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place}: does not describe automatic masks ({error})") from error

@@ -109,7 +109,7 @@ def pseudo_labelled(
 
     def label(record: Record) -> OpenMasks | None:
         masks, truth = kept.get(record.image_id), None if method == "replace_gt" else record.open_masks
-        if masks is None or not masks.count:
+        if masks is None or not masks.number_of_masks:
             return truth
         chosen = None
         if method == "gt_override" and truth is not None:
@@ -150,5 +150,6 @@ def best_iou(kept: KeptMasks, objects: Sequence[Bool[np.ndarray, "H W"]]) -> Flo
     if not objects or not len(kept):
         return np.zeros(len(kept))
     runs = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in objects]
-    overlaps = coco_mask.iou(list(kept.rles), runs, [0] * len(runs))
-    return np.asarray(overlaps, np.float64).reshape(len(kept), len(runs)).max(axis=1)
+    overlaps = np.asarray(coco_mask.iou(list(kept.rles), runs, [0] * len(runs)), np.float64)
+    best: Float[np.ndarray, "N"] = overlaps.reshape(len(kept), len(runs)).max(axis=1)
+    return best
