@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from samlet.engine.automatic_evaluation import overlaps, summarize_masks
-from samlet.engine.calibration import ask, join_guesses, summarize_calibration
+import numpy as np
+
+from samlet.engine.automatic_evaluation import Overlaps, overlaps, summarize_masks
+from samlet.engine.calibration import Guesses, ask, join_guesses, summarize_calibration
 from samlet.engine.evaluation import unchanged_in_eval_mode
 from samlet.errors import DataError
 from samlet.models.amg import AmgSettings, AutomaticMaskGenerator, tuned_settings
 
 if TYPE_CHECKING:
+    from samlet.data import EvalImage
     from samlet.engine.automatic_evaluation import Rle
     from samlet.engine.evaluation import Images
+    from samlet.engine.kept_measurements import Arrays, KeptMeasurements
     from samlet.models import Sam
 
 
@@ -53,6 +58,7 @@ def measure_everything(
     settings: AmgSettings,
     *,
     indices: Iterable[int],
+    kept: KeptMeasurements,
     shown: Collection[int] = (),
     on_image: Callable[[], object] | None = None,
 ) -> Measured:
@@ -60,6 +66,7 @@ def measure_everything(
 
     Raises:
         DataError: there is no object, or an image that cannot be read.
+        SamletError: what was found cannot be kept.
     """
     generator = AutomaticMaskGenerator.of(sam, settings)
     scored, guesses, drawn = [], [], {}
@@ -67,16 +74,28 @@ def measure_everything(
     with unchanged_in_eval_mode(sam):
         for index in indices:
             item = images.item(index)
-            began = time.perf_counter()
-            masks = generator.find(item.image)
-            seconds += time.perf_counter() - began
-            scored.append(overlaps(masks.rles, masks.predicted_iou, item.masks))
-            guesses.append(ask(sam, item))
+            found = kept.of(item, lambda item=item: measure_image(generator, sam, item))  # type: ignore[misc]
+            seconds += float(found["seconds"])
+            scored.append(Overlaps(*(found[name] for name in Overlaps._fields)))
+            guesses.append(Guesses(*(found[name] for name in Guesses._fields)))
             if index in shown:
-                drawn[index] = masks.rles
+                drawn[index] = json.loads(found["rles"].tobytes())
             if on_image is not None:
                 on_image()
     if not scored:
         raise DataError("evaluation: there is no image to measure")
     calibration = summarize_calibration(join_guesses(guesses))
     return Measured(summarize_masks(scored), calibration, seconds / len(scored), drawn)
+
+
+def measure_image(generator: AutomaticMaskGenerator, sam: Sam, item: EvalImage) -> Arrays:
+    """The fields of `Overlaps` and `Guesses` of an image, seconds, and the masks as the bytes of a JSON list of RLE."""
+    began = time.perf_counter()
+    masks = generator.find(item.image)
+    seconds = time.perf_counter() - began
+    return {
+        **overlaps(masks.rles, masks.predicted_iou, item.masks)._asdict(),
+        **ask(sam, item)._asdict(),
+        "seconds": np.array(seconds),
+        "rles": np.frombuffer(json.dumps(list(masks.rles)).encode(), np.uint8),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUT = Path("evaluation")
 REPORT, TABLES, SHEET = "everything.json", "everything.md", "everything.png"
+UNFINISHED = ".unfinished"  # in the folder of the report: what is there of it when the command is killed
 DRAWN = 4  # images on the contact sheet
 
 NOTES = """\
@@ -55,7 +57,8 @@ def evaluate_everything(
     """Measure each checkpoint (a path, or name=path) in everything mode; print and write what came out.
 
     A checkpoint that `samlet tune-amg` tuned is run with its own settings; what is given here wins. Writes
-    everything.json, everything.md, everything.png (a contact sheet) and reliability.png into `out`.
+    everything.json, everything.md, everything.png (a contact sheet) and reliability.png into `out`. Killed and called
+    again, it goes on where it was.
 
     Raises:
         SamletError: a checkpoint, a data set, a split or a device that is not there or cannot be used.
@@ -76,9 +79,10 @@ def evaluate_everything(
     }
     chosen = {one.name: choose_settings(one.path, **given) for one in named}
     count = min(len(images), max_images or len(images))
-    facts, measured = measure_all(named, chosen, images, count=count, image_size=image_size, device=device)
+    facts, measured = measure_all(named, chosen, images, where, count=count, image_size=image_size, device=device)
     report = {"data": str(data), "split": split, "checkpoints": facts}
     publish(report, measured, images, where)
+    shutil.rmtree(where / UNFINISHED, ignore_errors=True)
     return report
 
 
@@ -86,15 +90,18 @@ def measure_all(
     named: Sequence[Named],
     chosen: Mapping[str, Chosen],
     images: ValidationSet,
+    out: Path,
     *,
     count: int,
     image_size: int | None,
     device: str,
 ) -> tuple[dict[str, Any], dict[str, Measured]]:
-    """What the report says of each checkpoint, and what came out of it."""
+    """What the report says of each checkpoint, and what came out of it; kept image by image below `out`."""
     from samlet.engine.evaluation import choose_device
     from samlet.engine.everything import measure_everything
+    from samlet.engine.kept_measurements import KeptMeasurements
     from samlet.models import load_sam
+    from samlet.models.checkpoints import digest_of_weights
 
     target = choose_device(device)
     facts: dict[str, Any] = {}
@@ -103,11 +110,18 @@ def measure_all(
         for name, path in named:
             task = progress.add_task(name, total=count)
             sam = load_sam(path, image_size=image_size).to(target)
+            own = {
+                "weights": digest_of_weights(path),
+                "image_size": sam.image_size,
+                "device": target.type,
+                "settings": chosen[name].settings.as_dict(),
+            }
             one = measured[name] = measure_everything(
                 sam,
                 images,
                 chosen[name].settings,
                 indices=range(count),
+                kept=KeptMeasurements(out / UNFINISHED, own),
                 shown=drawn_images(count),
                 on_image=partial(progress.advance, task),
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from samlet.engine.tables import console_table, percent
 from samlet.errors import DataError, SamletError
 
 if TYPE_CHECKING:
-    from samlet.data import ValidationSet
+    from samlet.data import EvalImage
     from samlet.engine.tuning import Candidates, Cell, Sweep
     from samlet.models import Sam
     from samlet.models.amg import AmgSettings
@@ -39,6 +41,7 @@ def tune_amg(
 
     F1 = 2 matched / (masks + objects), one mask for one object at IoU 0.5, over all images of the split together; AR =
     mean over IoU 0.5, 0.55 ... 0.95 of matched / objects. Of equally good pairs the one with the fewest masks is taken.
+    Killed and called again, it goes on where it was.
 
     Raises:
         SamletError: a metric, a checkpoint, a data set, a split or a device that is not there or cannot be used.
@@ -52,11 +55,15 @@ def tune_amg(
     from samlet.engine.evaluation import choose_device
     from samlet.engine.tuning import best_cell, nearest_cell, sweep
     from samlet.models import load_sam
-    from samlet.models.amg import AmgSettings
+    from samlet.models.amg import AmgSettings, amg_path
 
     settings = AmgSettings() if points_per_side is None else AmgSettings(points_per_side=points_per_side)
     sam = load_sam(named.path, image_size=image_size).to(choose_device(device))
-    found = collect(sam, images, count, settings, named.name)
+    unfinished = amg_path(named.path).with_suffix(".unfinished")
+    unfinished = amg_path(named.path).with_suffix(".unfinished")
+    with image_bar() as progress:
+        indices = progress.track(range(count), description=named.name)
+        found = collect(named.path, sam, (images.item(index) for index in indices), settings, unfinished)
     objects = sum(one.iou.shape[1] for one in found)
     if not objects:
         raise DataError(f"{data}: there is no object to tune on; `samlet check-data` says what was found")
@@ -73,25 +80,42 @@ def tune_amg(
         "image_size": sam.image_size,
         "metric": metric,
     }
-    return publish(named, settings, facts, table, cells)
+    made = publish(named, settings, facts, table, cells)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return made
 
 
-def collect(sam: Sam, images: ValidationSet, count: int, settings: AmgSettings, name: str) -> list[Candidates]:
-    """All masks of the first images, nothing filtered and no duplicate removed: the plain form, every point."""
+def collect(
+    checkpoint: Path, sam: Sam, items: Iterable[EvalImage], settings: AmgSettings, unfinished: Path
+) -> list[Candidates]:
+    """All masks of images, nothing filtered and no duplicate removed: the plain form, every point.
+
+    What is found in an image is kept below `unfinished`.
+    """
     from samlet.engine.evaluation import unchanged_in_eval_mode
-    from samlet.engine.tuning import candidates
+    from samlet.engine.kept_measurements import KeptMeasurements
+    from samlet.engine.tuning import Candidates, candidates
     from samlet.models.amg import AutomaticMaskGenerator
+    from samlet.models.checkpoints import digest_of_weights
 
     every = dataclasses.replace(
         settings, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0, fast=False
     )
+    facts = {
+        "weights": digest_of_weights(checkpoint),
+        "image_size": sam.image_size,
+        "device": next(sam.parameters()).device.type,
+        "settings": every.as_dict(),
+    }
+    kept = KeptMeasurements(unfinished, facts)
     generator = AutomaticMaskGenerator.of(sam, every)
-    found = []
-    with image_bar() as progress, unchanged_in_eval_mode(sam):
-        for index in progress.track(range(count), description=name):
-            item = images.item(index)
-            found.append(candidates(generator.find(item.image), item.masks))
-    return found
+
+    def found_in(item: EvalImage) -> Candidates:
+        arrays = kept.of(item, lambda: candidates(generator.find(item.image), item.masks)._asdict())
+        return Candidates(*(arrays[name] for name in Candidates._fields))
+
+    with unchanged_in_eval_mode(sam):
+        return [found_in(item) for item in items]
 
 
 def publish(
