@@ -334,7 +334,7 @@ def test_the_memory_budget_changes_no_answer(sam: Sam, fast: bool, monkeypatch: 
     tight = on_blobs(sam, fast=fast, memory_budget=3_000_000).generate(image)
     assert 0 < max(largest) <= 3_000_000
     assert same_masks(roomy, tight)
-    assert Enlarger(Crop(0, 0, 9, 9, 0), (9, 9), (9, 9), 64, AmgSettings(), 1).at_a_time() == 1
+    assert Enlarger(Crop(0, 0, 9, 9, 0), (9, 9), (9, 9), 64, AmgSettings(), 1).at_a_time(torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("fast", [False, True])

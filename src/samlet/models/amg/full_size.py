@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from samlet.models.amg.regions import Rle
     from samlet.models.amg.settings import AmgSettings
 
+CPU_BUDGET = 16 * 2**20  # more goes through main memory, and takes half as long again
+
 
 class FullSize(NamedTuple):
     """Of n candidates: the run lengths of those that pass, and of all whether they do, stability and boxes."""
@@ -43,16 +45,17 @@ class Enlarger(NamedTuple):
 
     def __call__(self, low_res: Float[Tensor, "n h w"]) -> FullSize:
         """Masks where the enlarged logits exceed 0, stable enough, and not cut by an edge of the crop."""
-        count = self.at_a_time()
+        count = self.at_a_time(low_res.device)
         parts = [self._some(low_res[start : start + count]) for start in range(0, len(low_res), count)]
         none = FullSize([], np.zeros(0, dtype=bool), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
         rles, *columns = zip(none, *parts, strict=True)
         return FullSize(list(itertools.chain(*rles)), *map(np.concatenate, columns))
 
-    def at_a_time(self) -> int:
+    def at_a_time(self, device: torch.device) -> int:
         """Masks whose logits, in the input frame and in the image, fit the memory budget; at least one."""
+        budget = min(self.memory_budget, CPU_BUDGET) if device.type == "cpu" else self.memory_budget
         height, width = self.crop.y1 - self.crop.y0, self.crop.x1 - self.crop.x0
-        return max(self.memory_budget // (4 * (self.image_size**2 + height * width)), 1)
+        return max(budget // (4 * (self.image_size**2 + height * width)), 1)
 
     def _some(self, low_res: Float[Tensor, "n h w"]) -> FullSize:
         crop, (height, width) = self.crop, self.size
