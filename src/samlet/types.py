@@ -68,6 +68,13 @@ class Sample(NamedTuple):
     background: Bool[Tensor, "P"] | None = None  # True: known to lie on no object; None: no prompt is
 
 
+class Objects(NamedTuple):
+    """Objects of several images on the low-res grid."""
+
+    masks: Float[Tensor, "O h w"]
+    image: Int[Tensor, "O"]  # whose each is
+
+
 class Batch(NamedTuple):
     """Samples side by side; prompts of all images in one list."""
 
@@ -84,6 +91,8 @@ class Batch(NamedTuple):
     answers: dict[str, Tensor] | None = None  # and of its prompts, a row each
     target_of: Int[Tensor, "P"] | None = None  # which of `masks` is whose; None: one a prompt, in their order
     background: Bool[Tensor, "P"] | None = None  # True: known to lie on no object; None: no prompt is
+    mask_image: Int[Tensor, "O"] | None = None  # whose image each of `masks` is; None: no prompt is on the background
+    objects: Objects | None = None  # of a part with prompts on the background: all that the whole has
 
 
 class Terms(NamedTuple):

@@ -87,6 +87,8 @@ def test_masks_are_carried_once_and_only_those_that_are_asked_for() -> None:
     found = ask_everywhere(rng(), SIZE, [LARGE, between], WHOLE)
     assert [mask is LARGE for mask in found.masks] == [True]
     assert len(found.rows) > 20
+    negative = ask_everywhere(rng(), SIZE, [LARGE, between], WHOLE._replace(unlabelled="negative"))
+    assert [mask is LARGE or mask is between for mask in negative.masks] == [True, True, False]
 
 
 @pytest.mark.parametrize("unlabelled", ["ignore", "teacher", "negative"])

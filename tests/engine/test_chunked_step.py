@@ -23,6 +23,7 @@ from samlet.engine.chunks import chunks_of, part_of
 from samlet.engine.diagnosis import read_terms
 from samlet.engine.step import Counts, TrainStep
 from samlet.losses.configs import TaskLossConfig
+from samlet.losses.iou import actual_iou
 from samlet.losses.task import task_loss
 from samlet.types import Batch
 from tests.distill.scenes import counts_of, make_sam_teacher, make_student, objectives_of, team_of
@@ -63,7 +64,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     found = collate([dataset[SampleKey(0, index)] for index in range(4)])
     assert found.background is not None
     assert found.target_of is not None
-    assert len(found.masks) < len(found.labelled)
+    assert len(set(found.target_of.tolist())) < len(found.labelled)
     blind = ~(found.labelled | found.background)
     assert min(int(found.labelled.sum()), int(found.background.sum()), int(blind.sum())) > 0
     return found._replace(pixels=found.pixels.double(), masks=found.masks.double(), draw=3)
@@ -145,7 +146,10 @@ def test_each_prompt_gets_its_own_mask_in_each_chunk(batch: Batch) -> None:
 
 
 def test_the_iou_head_hears_of_the_background_and_the_masks_do_not(batch: Batch) -> None:
-    """Its error there is the mean size of the three estimates; an image's error is the mean over all that is known."""
+    """There each of three masks is worth what it has in common with the object of the image that it fits best.
+
+    An image's error is the mean over all that is known.
+    """
     assert batch.background is not None
     judged, plain = say(batch, 7), say(batch._replace(background=torch.zeros_like(batch.background)), 7)
     assert torch.equal(judged.raw["task/dice"], plain.raw["task/dice"])
@@ -155,7 +159,18 @@ def test_the_iou_head_hears_of_the_background_and_the_masks_do_not(batch: Batch)
         output = student.decode(student.encode(batch.pixels), batch.prompts)
     valid = valid_per_prompt(part, output.low_res_logits.shape[-1])
     errors = task_loss(output.low_res_logits, output.iou_predictions, part.masks, valid, is_ambiguous(part))["iou"]
-    errors = torch.where(batch.background, output.iou_predictions[:, 1:].abs().mean(dim=1), errors)
+    objects = part.objects
+    assert objects is not None
+    worth = torch.stack(
+        [
+            actual_iou(output.low_res_logits, mask.expand_as(part.masks), valid)
+            * (objects.image[number] == batch.prompts.image_index)[:, None]
+            for number, mask in enumerate(objects.masks)
+        ]
+    ).amax(dim=0)
+    assert float(worth[batch.background].amax()) > 0
+    beside = (output.iou_predictions - worth)[:, 1:].abs().mean(dim=1)
+    errors = torch.where(batch.background, beside, errors)
     known, index = batch.labelled | batch.background, batch.prompts.image_index
     means = [errors[known & (index == image)].mean() for image in set(index[known].tolist())]
     torch.testing.assert_close(judged.raw["task/iou"].double(), torch.stack(means).mean(), rtol=1e-5, atol=1e-7)
@@ -177,9 +192,16 @@ def test_terms_of_a_step_do_not_depend_on_how_images_fall_into_micro_batches(bat
 
 def image_of(batch: Batch, number: int) -> Batch:
     """One of a batch's images alone."""
+    assert batch.target_of is not None
+    assert batch.mask_image is not None
     rows = torch.nonzero(batch.prompts.image_index == number).flatten()
+    own = torch.nonzero(batch.mask_image == number).flatten()
     part = part_of(batch, slice(int(rows[0]), int(rows[-1]) + 1))
     return part._replace(
+        masks=batch.masks[own],
+        target_of=batch.target_of[rows] - own[0],
+        mask_image=torch.zeros_like(own),
+        objects=None,
         pixels=batch.pixels[number : number + 1],
         input_sizes=batch.input_sizes[number : number + 1],
         prompts=part.prompts._replace(image_index=torch.zeros(len(rows), dtype=torch.int64)),

@@ -80,7 +80,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
         answers={name: torch.cat([found[name] for found in answers]) for name in answers[0]} if answers else None,
         target_of=_join_targets(samples),
         background=torch.cat(beside) if beside else None,
+        mask_image=_image_of_each_mask(samples) if beside else None,
     )
+
+
+def _image_of_each_mask(samples: Sequence[Sample]) -> Int[torch.Tensor, "O"]:
+    counts = torch.tensor([len(sample.masks) for sample in samples])
+    return torch.arange(len(samples)).repeat_interleave(counts)
 
 
 def _join_targets(samples: Sequence[Sample]) -> Int[torch.Tensor, "P"] | None:

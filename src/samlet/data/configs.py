@@ -111,8 +111,8 @@ class EverythingConfig(StrictModel):
 
     unlabelled: Literal["ignore", "teacher", "negative"] = "ignore"
     """Points beside all objects of an image: left out (ignore), left to the teachers (teacher), or the IoU head learns
-    that no mask is right there (negative; only where every object has its mask). An image without any mask is left to
-    the teachers in any case."""
+    there how well masks fit any object, mostly not at all (negative; only where every object has its mask). An image
+    without any mask is left to the teachers in any case."""
     max_points: Annotated[int, Field(ge=1)] | None = 64
     """So many of the grid's points are drawn from an image in each step; null: all. One on nested objects asks about up
     to three of them."""

@@ -38,7 +38,7 @@ class GridPrompts(NamedTuple):
     """A prompt a row; a point on nested objects comes once for each of them, smallest first."""
 
     rows: list[PromptRow]
-    masks: list[Bool[np.ndarray, "H W"]]  # those that are asked for, and an empty one for points beside all objects
+    masks: list[Bool[np.ndarray, "H W"]]  # those that are asked for, with negatives all, and an empty one for these
     target_of: Int64[np.ndarray, "P"]  # whose each prompt is, in `masks`
     labelled: Bool[np.ndarray, "P"]  # False: it lies beside all objects
     background: Bool[np.ndarray, "P"]  # True: nor does it lie on anything else
@@ -68,8 +68,10 @@ def ask_everywhere(
     negative = settings.unlabelled == "negative" and complete and len(masks) > 0
     clicks = draw_clicks(rng, size, masks, settings, beside=negative or settings.unlabelled == "teacher")
     whose = np.concatenate([clicks.objects, np.arange(len(boxed))])
-    used, target_of = np.unique(np.where(whose == NO_OBJECT, len(masks), whose), return_inverse=True)
     kept = [*masks, np.zeros(size, np.bool_)]
+    used, target_of = np.unique(np.where(whose == NO_OBJECT, len(masks), whose), return_inverse=True)
+    if negative:  # what is found there is compared with every object
+        used, target_of = np.arange(len(kept)), used[target_of]
     labelled = whose != NO_OBJECT
     return GridPrompts(
         rows=[make_row(point, np.array([POSITIVE]), None) for point in clicks.points] + list(boxed),

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from samlet.engine.memory import give_back_freed_memory
-from samlet.types import Batch
+from samlet.types import Batch, Objects
 
 R = TypeVar("R")
 
@@ -23,7 +23,7 @@ def chunks_of(batch: Batch, size: int | None) -> list[slice]:
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    """Some of the prompts, each with a mask of its own; the images stay."""
+    """Some of the prompts, each with a mask of its own; the images stay, and for the background all their objects."""
     given = {name: value[rows] for name, value in batch.prompts._asdict().items() if value is not None}
     return batch._replace(
         prompts=batch.prompts._replace(**given),
@@ -31,6 +31,8 @@ def part_of(batch: Batch, rows: slice) -> Batch:
         labelled=batch.labelled[rows],
         target_of=None,
         background=None if batch.background is None else batch.background[rows],
+        mask_image=None,
+        objects=None if batch.mask_image is None else Objects(batch.masks, batch.mask_image),
     )
 
 

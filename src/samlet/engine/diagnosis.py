@@ -201,17 +201,17 @@ def _timed(objective: Objective, watch: Stopwatch) -> Objective:
 
 
 def _timed_task(loss: Callable[..., dict[str, Tensor]], watch: Stopwatch) -> Any:
-    def timed(logits: Tensor, iou: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+    def timed(logits: Tensor, iou: Tensor, *rest: Tensor, **settings: Any) -> dict[str, Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in (logits, iou)]
         with torch.enable_grad(), _kept_as_ever():
             began = watch.now()
-            terms = loss(*leaves, *rest)
+            terms = loss(*leaves, *rest, **settings)
             shared = (watch.now() - began) / len(terms)  # the three are computed together
             for name, value in terms.items():
                 with watch.running(f"task/{name}"):
                     torch.autograd.grad(value.sum(), leaves, allow_unused=True, retain_graph=True)
                 watch.add(f"task/{name}", shared)
-        return loss(logits, iou, *rest)
+        return loss(logits, iou, *rest, **settings)
 
     return timed
 

@@ -24,6 +24,7 @@ from samlet.distill.teacher import Lesson
 from samlet.distill.views import View, encode_tapped
 from samlet.engine.chunks import chunks_of, computed_again, part_of
 from samlet.losses.configs import TaskLossConfig
+from samlet.losses.iou import actual_iou, best_iou
 from samlet.types import Batch, ImageFeatures, MaskOutput, Terms
 
 if TYPE_CHECKING:
@@ -212,9 +213,15 @@ class TrainStep(nn.Module):
     def _task_terms(
         self, output: MaskOutput, batch: Batch, of_truth: Float[Tensor, "P"], of_judged: Float[Tensor, "P"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """On the background, where no mask is right, the IoU of each is 0."""
         valid = valid_per_prompt(batch, output.low_res_logits.shape[-1])
-        values = self.task_loss(output.low_res_logits, output.iou_predictions, batch.masks, valid, is_ambiguous(batch))
+        values = self.task_loss(
+            output.low_res_logits,
+            output.iou_predictions,
+            batch.masks,
+            valid,
+            is_ambiguous(batch),
+            actual=worth_of_masks(batch, output.low_res_logits, valid),
+        )
         return {
             f"task/{name}": value.float() @ (of_truth if name in MASK_TERMS else of_judged)
             for name, value in values.items()
@@ -232,6 +239,21 @@ class TrainStep(nn.Module):
                 value = value + objective.compare(seen, target, batch).float() @ factors
             terms[f"distill/{objective.name}"] = value
         return terms
+
+
+def worth_of_masks(
+    batch: Batch, low_res_logits: Float[Tensor, "P 4 h w"], valid: Float[Tensor, "P h w"] | None
+) -> Float[Tensor, "P 4"] | None:
+    """What the IoU head shall say: the IoU with the prompt's own object, on the background with whatever fits best.
+
+    None: all prompts have their own.
+    """
+    if batch.background is None or batch.objects is None:
+        return None
+    logits = low_res_logits.float()
+    shared = batch.prompts.image_index[:, None] == batch.objects.image
+    best = best_iou(logits, batch.objects.masks.float(), shared, valid)
+    return torch.where(batch.background[:, None], best, actual_iou(logits, batch.masks, valid))
 
 
 def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor], factor: float = 1.0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 
 from samlet.losses.reduction import (
     Reduction,
@@ -17,7 +18,7 @@ from samlet.losses.reduction import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 IouKind = Literal["l1", "mse"]
@@ -35,15 +36,30 @@ def actual_iou(
     return overlap / union.clamp_min(torch.finfo(logits.dtype).tiny)
 
 
-def iou_error_per_mask(
-    iou_predictions: Float[Tensor, "P M"],
+@torch.no_grad()
+def best_iou(
     logits: Float[Tensor, "P M h w"],
-    masks: Float[Tensor, "P h w"],
+    objects: Float[Tensor, "O h w"],
+    shared: Bool[Tensor, "P O"],
     valid: Float[Tensor, "P h w"] | None,
-    kind: IouKind,
 ) -> Float[Tensor, "P M"]:
-    """The error of each predicted IoU; no gradient reaches the logits."""
-    error = iou_predictions - actual_iou(logits, masks, valid)
+    """The largest `actual_iou` of each mask with any object; 0 where there is none.
+
+    `shared` tells which objects are in the image of which prompt.
+    """
+    seen = torch.ones_like(logits[:, 0], dtype=objects.dtype) if valid is None else valid.to(objects.dtype)
+    predicted, cells = (logits > 0) * seen[:, None], objects.flatten(1).mT
+    overlap, area = predicted.flatten(2) @ cells, seen.flatten(1) @ cells
+    union = predicted.sum(dim=(2, 3))[..., None] + area[:, None] - overlap
+    iou = overlap / union.clamp_min(torch.finfo(objects.dtype).tiny) * shared[:, None]
+    return F.pad(iou, (1, 0)).amax(dim=2)
+
+
+def iou_error_per_mask(
+    iou_predictions: Float[Tensor, "P M"], actual: Float[Tensor, "P M"], kind: IouKind
+) -> Float[Tensor, "P M"]:
+    """The error of each predicted IoU."""
+    error = iou_predictions - actual
     return error.abs() if kind == "l1" else error.square()
 
 
@@ -73,4 +89,5 @@ def iou_loss(
     check_cells(logits, valid, "valid")
     if kind not in ("l1", "mse"):
         raise ValueError(f"kind must be 'l1' or 'mse', got {kind!r}")
-    return reduce_items(iou_error_per_mask(iou_predictions, logits, masks, valid, kind).mean(dim=1), reduction)
+    error = iou_error_per_mask(iou_predictions, actual_iou(logits, masks, valid), kind)
+    return reduce_items(error.mean(dim=1), reduction)

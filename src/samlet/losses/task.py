@@ -8,7 +8,7 @@ import torch
 
 from samlet.losses.dice import dice_per_mask
 from samlet.losses.focal import focal_per_mask
-from samlet.losses.iou import IouKind, iou_error_per_mask
+from samlet.losses.iou import IouKind, actual_iou, iou_error_per_mask
 from samlet.losses.reduction import check_cells, check_dims, check_same_shape, in_full_precision
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def task_loss(
     valid: Float[Tensor, "P h w"] | None,
     ambiguous: Bool[Tensor, "P"],
     *,
+    actual: Float[Tensor, "P 4"] | None = None,
     w_focal: float = 20.0,
     w_dice: float = 1.0,
     iou_kind: IouKind = "l1",
@@ -55,7 +56,8 @@ def task_loss(
 
     A single point is `ambiguous`: of the masks 1..3 only the best by w_focal focal + w_dice dice is trained, and the
     IoU head on all three (as SAM 2, arXiv:2408.00714). Any other prompt trains mask 0 and its IoU alone. The
-    weights choose the mask; they do not scale the terms. `masks` is the covered share of each low-res cell.
+    weights choose the mask; they do not scale the terms. `masks` is the covered share of each low-res cell. `actual`
+    is what the IoU head shall say; None: the IoU with `masks`.
 
     Raises:
         ValueError: shapes that do not fit; both are named.
@@ -70,7 +72,10 @@ def task_loss(
     settings = {"w_focal": w_focal, "w_dice": w_dice, "alpha": alpha, "gamma": gamma}
     index = chosen_masks(low_res_logits, masks, valid, ambiguous, **settings)
     chosen = low_res_logits.gather(1, index[:, None, None, None].expand(-1, 1, *masks.shape[-2:]))
-    errors = iou_error_per_mask(iou_predictions, low_res_logits, masks, valid, iou_kind)
+    if actual is None:
+        actual = actual_iou(low_res_logits, masks, valid)
+    check_same_shape(actual, iou_predictions, "actual and iou_predictions")
+    errors = iou_error_per_mask(iou_predictions, actual, iou_kind)
     return {
         "focal": focal_per_mask(chosen, masks, valid, alpha, gamma)[:, 0],
         "dice": dice_per_mask(chosen, masks, valid)[:, 0],
