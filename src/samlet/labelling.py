@@ -1,6 +1,6 @@
 """The images that a run trains on, and what a teacher's automatic masks make of their labels.
 
-Masks lie in the run's folder (found before the first step, by one process while the others wait) or in the teacher's
+Masks lie in the run's folder (found before the first step, the images shared by all processes) or in the teacher's
 store (`samlet extract`); either way a file an image, and none is used unless it is whole and of this run's making.
 """
 
@@ -100,9 +100,11 @@ def label_by_teacher(
         records = data.records if most is None else [data.records[index] for index in first]
         items = items_of(records, folder.automatic_masks)
         if accelerator.is_main_process:
-            find = generator_of(config, sam.to(accelerator.device))
             tidy(folder.automatic_masks)
-            _find_missing(items, facts, find, say=accelerator.print, advance=advance, broken=data.broken)
+        accelerator.wait_for_everyone()
+        find = generator_of(config, sam.to(accelerator.device))
+        own = dict(list(items.items())[accelerator.process_index :: accelerator.num_processes])
+        _find_missing(own, facts, find, say=accelerator.print, advance=advance, broken=data.broken)
         accelerator.wait_for_everyone()
         kept = {name: asked.kept.brief for name, asked in _looked_at(items, facts, data.broken) if asked.kept}
     labelled = with_masks(config, data, kept)

@@ -91,8 +91,8 @@ class Batch(NamedTuple):
     answers: dict[str, Tensor] | None = None  # and of its prompts, a row each
     target_of: Int[Tensor, "P"] | None = None  # which of `masks` is whose; None: one a prompt, in their order
     background: Bool[Tensor, "P"] | None = None  # True: known to lie on no object; None: no prompt is
-    mask_image: Int[Tensor, "O"] | None = None  # whose image each of `masks` is; None: no prompt is on the background
-    objects: Objects | None = None  # of a part with prompts on the background: all that the whole has
+    mask_image: Int[Tensor, "O"] | None = None  # whose image each of `masks` is; None: a prompt is about its own alone
+    objects: Objects | None = None  # of a part: all that the whole has; None: a prompt is about its own alone
 
 
 class Terms(NamedTuple):

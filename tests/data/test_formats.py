@@ -129,6 +129,7 @@ def test_coco_layouts(tmp_path: Path, annotations: str, images: str) -> None:
     found = read_split(tmp_path, "train")
     assert found.format == "coco"
     assert [problem.reason for problem in found.problems] == ["1 crowd region(s) are not used"]
+    assert [record.is_complete for record in found.records].count(False) == 1
     masks = all_masks(found)["a"]
     assert len(masks) == 3
     assert masks[0].sum() == 300

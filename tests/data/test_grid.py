@@ -104,8 +104,17 @@ def test_what_becomes_of_points_beside_all_objects(unlabelled: Any) -> None:
 
 
 def test_an_incomplete_image_has_no_negatives() -> None:
-    found = ask_everywhere(rng(), SIZE, [APART], WHOLE._replace(unlabelled="negative"), complete=False)
+    found = ask_everywhere(rng(), SIZE, [APART], WHOLE._replace(unlabelled="negative"), unknown=None)
     assert bool(found.labelled.all())
+
+
+def test_no_negative_lies_on_what_is_unknown() -> None:
+    unknown = square(2, 2, 40, 30)
+    found = ask_everywhere(rng(), SIZE, [APART], WHOLE._replace(unlabelled="negative"), unknown=[unknown])
+    on = int(objects_under(point_grid(8, SIZE), [APART]).sum())
+    left_out = int(objects_under(point_grid(8, SIZE), [unknown]).sum())
+    assert left_out > 0
+    assert int(found.background.sum()) == 64 - on - left_out
 
 
 @pytest.mark.parametrize("unlabelled", ["ignore", "teacher", "negative"])
@@ -250,3 +259,23 @@ def test_a_mask_that_cannot_be_read_leaves_no_negatives(tmp_path: Path) -> None:
     sample = dataset[key]
     assert sample.skipped
     assert bool(sample.labelled.all())
+
+
+def test_objects_that_are_too_small_and_images_with_crowds_give_no_negatives(root: Path) -> None:
+    key, still = SampleKey(0, 1), AugmentationConfig(enable=False).build()
+
+    def sample(min_area: int, *, is_complete: bool = True) -> Sample:
+        settings = config(root, mode="everything", grid_points=20, min_area=min_area)
+        dataset = build(settings, unlabelled="negative", max_points=None, jitter=False)
+        dataset = dataset.varied(PromptConfig().build("everything"), still)
+        return dataset.of_records([one._replace(is_complete=is_complete) for one in dataset.records])[key]
+
+    whole = sample(1)
+    largest = int(16 * whole.masks.sum(dim=(1, 2)).max())
+    some, none = sample(largest - 1), sample(1, is_complete=False)
+    assert whole.background is not None
+    assert some.background is not None
+    assert none.background is not None
+    assert int(some.labelled.sum()) < int(whole.labelled.sum())
+    assert int(some.background.sum()) == int(whole.background.sum()) > 0
+    assert not bool(none.background.any())

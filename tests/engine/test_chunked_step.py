@@ -21,11 +21,11 @@ from samlet.distill.projections import build_projections
 from samlet.distill.teacher import TeacherTeam
 from samlet.engine.chunks import chunks_of, part_of
 from samlet.engine.diagnosis import read_terms
-from samlet.engine.step import Counts, TrainStep
+from samlet.engine.step import Counts, TrainStep, worth_of_masks
 from samlet.losses.configs import TaskLossConfig
 from samlet.losses.iou import actual_iou
 from samlet.losses.task import task_loss
-from samlet.types import Batch
+from samlet.types import Batch, Prompts
 from tests.distill.scenes import counts_of, make_sam_teacher, make_student, objectives_of, team_of
 from tests.tiny import IMAGE_SIZE, write_scenes
 
@@ -146,7 +146,7 @@ def test_each_prompt_gets_its_own_mask_in_each_chunk(batch: Batch) -> None:
 
 
 def test_the_iou_head_hears_of_the_background_and_the_masks_do_not(batch: Batch) -> None:
-    """There each of three masks is worth what it has in common with the object of the image that it fits best.
+    """Each of a click's three masks is worth what it has in common with the object of the image that it fits best.
 
     An image's error is the mean over all that is known.
     """
@@ -170,10 +170,32 @@ def test_the_iou_head_hears_of_the_background_and_the_masks_do_not(batch: Batch)
     ).amax(dim=0)
     assert float(worth[batch.background].amax()) > 0
     beside = (output.iou_predictions - worth)[:, 1:].abs().mean(dim=1)
-    errors = torch.where(batch.background, beside, errors)
+    errors = torch.where(is_ambiguous(part), beside, errors)
     known, index = batch.labelled | batch.background, batch.prompts.image_index
     means = [errors[known & (index == image)].mean() for image in set(index[known].tolist())]
     torch.testing.assert_close(judged.raw["task/iou"].double(), torch.stack(means).mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_both_masks_of_a_click_on_nested_objects_are_right() -> None:
+    """Fitted to one of the objects each, both are told 1; fitted to its own row's object alone, each was told 0 too."""
+    small, large = torch.zeros(2, 8, 8)
+    large[:6, :6] = small[2:4, 2:4] = 1
+    said = torch.stack([large, small, large, torch.zeros(8, 8)]) - 0.5
+    prompts = Prompts(torch.zeros(2, dtype=torch.int64), torch.full((2, 1, 2), 12.0), torch.ones(2, 1).long())
+    nested = Batch(
+        pixels=torch.zeros(1, 3, 32, 32),
+        input_sizes=torch.tensor([[32, 32]]),
+        prompts=prompts,
+        masks=torch.stack([small, large]),
+        labelled=torch.ones(2, dtype=torch.bool),
+        image_ids=("a",),
+        target_of=torch.arange(2),
+        background=torch.zeros(2, dtype=torch.bool),
+        mask_image=torch.zeros(2, dtype=torch.int64),
+    )
+    worth = worth_of_masks(part_of(nested, slice(0, 2)), said.expand(2, 4, 8, 8), None)
+    assert worth is not None
+    assert worth[:, 1:].tolist() == [[1, 1, 0], [1, 1, 0]]
 
 
 def test_terms_of_a_step_do_not_depend_on_how_images_fall_into_micro_batches(batch: Batch) -> None:

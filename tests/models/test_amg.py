@@ -308,13 +308,23 @@ def test_on_easy_images_both_forms_agree(sam: Sam, crop_n_layers: int) -> None:
 
 def test_the_fast_form_clicks_less(sam: Sam) -> None:
     image = scene(128, 128)
-    plain, quick = (on_blobs(sam, fast=fast) for fast in (False, True))
-    plain.find(image)
-    quick.find(image)
-    assert isinstance(plain.predictor, Blobs)
-    assert isinstance(quick.predictor, Blobs)
-    assert sum(plain.predictor.asked) == 64
-    assert sum(quick.predictor.asked) < 60
+    for side, most in ((8, 64), (16, 240)):  # a coarse grid is asked whole
+        plain, quick = (on_blobs(sam, fast=fast, points_per_side=side) for fast in (False, True))
+        plain.find(image)
+        quick.find(image)
+        assert isinstance(plain.predictor, Blobs)
+        assert isinstance(quick.predictor, Blobs)
+        assert sum(plain.predictor.asked) == side**2
+        assert sum(quick.predictor.asked) <= most
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_empty_mask_is_none_whatever_the_thresholds(sam: Sam, fast: bool) -> None:
+    """SAM keeps it at a threshold of 0; no reader of annotations takes it."""
+    found = lenient(sam, points_per_side=4, fast=fast, stability_score_thresh=0.0).find(scene(90, 70))
+    areas = regions.areas(list(found.rles))
+    assert len(areas)
+    assert areas.min() > 0
 
 
 @pytest.mark.parametrize("fast", [False, True])

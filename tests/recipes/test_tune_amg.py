@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from samlet.cli import app
+from samlet.data import read_image
 from samlet.errors import CheckpointError, DataError, SamletError
-from samlet.models.amg import tuned_settings
+from samlet.models import load_sam
+from samlet.models.amg import AutomaticMaskGenerator, tuned_settings
 from samlet.recipes.evaluate_everything import evaluate_everything
 from samlet.recipes.tune_amg import tune_amg
 from tests.tiny import IMAGE_SIZE, STUDENT, write_scenes, write_teacher
@@ -20,7 +23,15 @@ from tests.tiny import IMAGE_SIZE, STUDENT, write_scenes, write_teacher
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("scenes"), train=1, val=2)
+    """Besides what is drawn, one mask that the random model finds is an object: of 0 nothing could be tuned."""
+    root = write_scenes(tmp_path_factory.mktemp("scenes"), train=1, val=2)
+    sam = load_sam(checkpoint_in(tmp_path_factory.mktemp("weights")), image_size=IMAGE_SIZE)
+    generator = AutomaticMaskGenerator(sam, 3, pred_iou_thresh=-9.0, stability_score_thresh=0.0)
+    for image in sorted((root / "val" / "image").iterdir()):
+        found = generator.generate(read_image(image))
+        mask = max((one["segmentation"] for one in found), key=np.count_nonzero)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(root / "val" / "mask" / image.stem / "99.png")
+    return root
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -96,3 +107,18 @@ def test_on_the_command_line(scenes: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["tune-amg", str(checkpoint), str(scenes), "--metric", "f1", *options])
     assert done.exit_code == 0, done.output
     assert "base.amg.json" in done.output
+
+
+def test_thresholds_under_which_nothing_is_right_are_not_saved(tmp_path: Path) -> None:
+    drawn = write_scenes(tmp_path / "scenes", train=1, val=2)
+    checkpoint = checkpoint_in(tmp_path / "a")
+    with pytest.raises(DataError, match=r"comes near an object, whatever the thresholds.*nothing was saved"):
+        run(checkpoint, drawn)
+    assert tuned_settings(checkpoint) is None
+
+
+def test_thresholds_belong_to_an_input_size(scenes: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoint_in(tmp_path / "a")
+    run(checkpoint, scenes)
+    with pytest.raises(SamletError, match=r"tuned at an image size of 64, and 128 is asked for: run `samlet tune-amg"):
+        evaluate_everything([str(checkpoint)], scenes, image_size=128, out=tmp_path / "out", device="cpu")

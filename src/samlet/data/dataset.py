@@ -204,7 +204,7 @@ class SegmentationDataset(Dataset[Sample]):
         geometry, colour = self._drawn(key, image.size)
         every = copy(self)
         every.objects_per_image = sys.maxsize
-        geometry, objects = every._framed(key, image.size, geometry, [])
+        geometry, objects = every._framed(key, image.size, geometry, [], [])
         rows = self._rows(objects, geometry, key)
         whose = tuple(index for index, _ in objects) or tuple(range(len(rows)))
         return Prompted(self._pictured(image, geometry, colour), stack_rows(rows), whose)
@@ -221,12 +221,14 @@ class SegmentationDataset(Dataset[Sample]):
         record, image = self.records[key.index], self._decoded(key)
         geometry, colour = self._drawn(key, image.size)
         known = len(skipped)
-        geometry, objects = self._framed(key, image.size, geometry, skipped)
+        too_small: list[Mask] = []
+        geometry, objects = self._framed(key, image.size, geometry, skipped, too_small)
         picture = self._pictured(image, geometry, colour)
         if self.grid is None:
             asked = self._asked(objects, geometry, key)
         else:
-            asked = self._asked_everywhere(self.grid, objects, geometry, key, complete=len(skipped) == known)
+            unknown = too_small if record.is_complete and len(skipped) == known else None
+            asked = self._asked_everywhere(self.grid, objects, geometry, key, unknown)
         prompts, stored, answers = stack_rows(asked.rows), None, None
         if self.stored is not None:
             place = record.image_id, self._variant(key), picture.variation
@@ -253,11 +255,16 @@ class SegmentationDataset(Dataset[Sample]):
         return Asked(rows, whose, self._ground_truth(grids, len(rows)), torch.full((len(rows),), bool(objects)))
 
     def _asked_everywhere(
-        self, grid: GridSettings, objects: list[tuple[int, Mask]], geometry: Geometry, key: SampleKey, *, complete: bool
+        self,
+        grid: GridSettings,
+        objects: list[tuple[int, Mask]],
+        geometry: Geometry,
+        key: SampleKey,
+        unknown: list[Mask] | None,
     ) -> Asked:
         """A click for each point of the grid and each object under it, boxes of a few objects.
 
-        Only where an image's masks are `complete` is a point beside all of them known to lie on no object.
+        A point beside all of them and beside the `unknown` is known to lie on no object; None: none is.
         """
         if self.prompts.fixed:
             grid, objects = grid._replace(jitter=False), sorted(objects, key=itemgetter(0))
@@ -267,7 +274,7 @@ class SegmentationDataset(Dataset[Sample]):
             draw_prompt(self._prompt_rng(key, index), mask, self.image_size, boxes)
             for index, mask in objects[: grid.boxes]
         ]
-        found = ask_everywhere(self._rng(Stream.GRID, key), geometry.size, masks, grid, boxed, complete=complete)
+        found = ask_everywhere(self._rng(Stream.GRID, key), geometry.size, masks, grid, boxed, unknown=unknown)
         grids = [coverage(mask, self.image_size) for mask in found.masks]
         return Asked(
             rows=found.rows,
@@ -290,16 +297,19 @@ class SegmentationDataset(Dataset[Sample]):
         return geometry, draw_colour(generator(Stream.COLOUR, self.seed, *which), settings)
 
     def _framed(
-        self, key: SampleKey, size: tuple[int, int], geometry: Geometry, skipped: list[str]
+        self, key: SampleKey, size: tuple[int, int], geometry: Geometry, skipped: list[str], too_small: list[Mask]
     ) -> tuple[Geometry, list[tuple[int, Mask]]]:
-        """The geometry, or the plain one where no object is visible in it; and objects that are."""
+        """The geometry, or the plain one where no object is visible in it; and objects that are.
+
+        `too_small` gets the others.
+        """
         record = self.records[key.index]
         if record.open_masks is None:
             return geometry, []
         masks = record.open_masks(size)
-        objects = self._objects(masks, geometry, key, skipped)
+        objects = self._objects(masks, geometry, key, skipped, too_small)
         if not objects and geometry != (plain := whole(size, self.image_size)):
-            geometry, objects = plain, self._objects(masks, plain, key, skipped)
+            geometry, objects = plain, self._objects(masks, plain, key, skipped, too_small)
         if not objects:
             skipped.append(f"{record.image_path}: none of its objects has {self.min_area} pixels in the input frame")
         return geometry, objects
@@ -308,7 +318,7 @@ class SegmentationDataset(Dataset[Sample]):
         """What `_sample` would use; the plain geometry stays whatever the masks say."""
         geometry, colour = self._drawn(key, size)
         if geometry != whole(size, self.image_size):
-            geometry, _ = self._framed(key, size, geometry, [])
+            geometry, _ = self._framed(key, size, geometry, [], [])
         return geometry, colour
 
     def _decoded(self, key: SampleKey) -> Decoded:
@@ -328,9 +338,10 @@ class SegmentationDataset(Dataset[Sample]):
         return hashlib.sha256(repr(made_with).encode()).hexdigest()[:16]
 
     def _objects(
-        self, masks: ObjectMasks, geometry: Geometry, key: SampleKey, skipped: list[str]
+        self, masks: ObjectMasks, geometry: Geometry, key: SampleKey, skipped: list[str], too_small: list[Mask]
     ) -> list[tuple[int, Mask]]:
         """Up to `objects_per_image` visible objects in random order; masks are read one by one until enough are."""
+        too_small.clear()
         chosen: list[tuple[int, Mask]] = []
         for index in generator(Stream.OBJECTS, self.seed, *key).permutation(len(masks)):
             try:
@@ -341,6 +352,8 @@ class SegmentationDataset(Dataset[Sample]):
                 continue
             if np.count_nonzero(mask) >= self.min_area:
                 chosen.append((int(index), mask))
+            else:
+                too_small.append(mask)
             if self.grid is None and len(chosen) == self.objects_per_image:
                 break
         return chosen

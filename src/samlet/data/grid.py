@@ -58,15 +58,18 @@ def ask_everywhere(
     settings: GridSettings,
     boxed: Sequence[PromptRow] = (),
     *,
-    complete: bool = True,
+    unknown: Sequence[Bool[np.ndarray, "H W"]] | None = (),
 ) -> GridPrompts:
     """A click for each drawn point and each object under it, after them `boxed`, prompts of the first masks.
 
-    Points beside all objects are negatives only where the masks are `complete`. Where there is no mask at all, points
-    anywhere are drawn for what a teacher says.
+    Points beside all objects are negatives, but for those on what is `unknown`; None: nobody knows where that is. Where
+    there is no mask at all, points anywhere are drawn for what a teacher says.
     """
-    negative = settings.unlabelled == "negative" and complete and len(masks) > 0
-    clicks = draw_clicks(rng, size, masks, settings, beside=negative or settings.unlabelled == "teacher")
+    negative = settings.unlabelled == "negative" and unknown is not None and len(masks) > 0
+    left_out = unknown if negative and unknown is not None else ()
+    clicks = draw_clicks(
+        rng, size, masks, settings, beside=negative or settings.unlabelled == "teacher", left_out=left_out
+    )
     whose = np.concatenate([clicks.objects, np.arange(len(boxed))])
     kept = [*masks, np.zeros(size, np.bool_)]
     used, target_of = np.unique(np.where(whose == NO_OBJECT, len(masks), whose), return_inverse=True)
@@ -98,8 +101,9 @@ def draw_clicks(
     settings: GridSettings,
     *,
     beside: bool,
+    left_out: Sequence[Bool[np.ndarray, "H W"]] = (),
 ) -> GridClicks:
-    """The points that a step sees and their targets: never none.
+    """The points that a step sees and their targets: never none. Points on objects apart, none on what is `left_out`.
 
     Of the points on objects those are drawn that spread evenly over the objects; the rest comes from the points beside
     them, where `beside` lets them take part. Where no point of the grid lies on any of several masks, the grid is
@@ -112,7 +116,9 @@ def draw_clicks(
         under = objects_under(points, masks)
     order = np.argsort([np.count_nonzero(mask) for mask in masks], kind="stable")
     nested = [order[under[order, point]][:MOST_TARGETS] for point in range(len(points))]
-    chosen = _drawn(rng, nested, settings, beside=beside or not len(masks))
+    may_be_beside = np.full(len(points), beside or not len(masks))
+    free = np.logical_and(may_be_beside, ~objects_under(points, left_out).any(axis=0))
+    chosen = _drawn(rng, nested, settings, free)
     targets = [nested[point] if len(nested[point]) else np.array([NO_OBJECT]) for point in chosen]
     repeats = [len(own) for own in targets]
     return GridClicks(points[np.repeat(chosen, repeats)].astype(np.float32), np.concatenate(targets).astype(np.int64))
@@ -145,12 +151,15 @@ def _shift_onto(
 
 
 def _drawn(
-    rng: np.random.Generator, nested: Sequence[Int64[np.ndarray, "T"]], settings: GridSettings, *, beside: bool
+    rng: np.random.Generator,
+    nested: Sequence[Int64[np.ndarray, "T"]],
+    settings: GridSettings,
+    beside: Bool[np.ndarray, "N"],
 ) -> Int64[np.ndarray, "n"]:
-    """The numbers of the points that are seen, rising."""
+    """The numbers of the points that are seen, rising; `beside`: those that may be though they lie on no object."""
     smallest = np.array([own[0] if len(own) else NO_OBJECT for own in nested])
     on = _evenly(rng, smallest, np.flatnonzero(smallest != NO_OBJECT))
-    off = rng.permutation(np.flatnonzero(smallest == NO_OBJECT)) if beside else on[:0]
+    off = rng.permutation(np.flatnonzero((smallest == NO_OBJECT) & beside))
     most = len(nested) if settings.max_points is None else settings.max_points
     wanted = min(len(on), max(math.ceil(most * settings.object_share), most - len(off)))
     return np.sort(np.concatenate([on[:wanted], off[: most - wanted]]))

@@ -52,6 +52,7 @@ class Record(NamedTuple):
     image_id: str  # its path below the image folder without suffix: unique in a split
     image_path: Path
     open_masks: OpenMasks | None  # from the image's (H, W); None: unlabelled
+    is_complete: bool = True  # False: there may be objects without a mask, a crowd region say
 
 
 @dataclass

@@ -95,6 +95,8 @@ def pseudo_labelled(
 ) -> list[Record]:
     """The records with the objects of a method; an image that has none of either kind is unlabelled.
 
+    A teacher may have missed some: only with the ground truth's objects among them they are complete.
+
     Args:
         records: the images; one may stand there several times.
         kept: the teacher's masks by image id; an image without stays without.
@@ -122,7 +124,13 @@ def pseudo_labelled(
         for image_id, opened in zip(distinct, pool.map(label, distinct.values()), strict=True):
             found[image_id] = opened
             advance(1)
-    return [record._replace(open_masks=found[record.image_id]) for record in records]
+    return [
+        record._replace(
+            open_masks=found[record.image_id],
+            is_complete=record.is_complete and method != "replace_gt" and record.open_masks is not None,
+        )
+        for record in records
+    ]
 
 
 def outside_truth(

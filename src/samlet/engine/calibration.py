@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from samlet.artefacts import write_file
+from samlet.data.grid import objects_under
 from samlet.data.masks import mask_box
 from samlet.engine.curves import BLUE, FAINT, GREY, GRID, INK, PAPER, save_figure, style
 from samlet.engine.evaluation import MAX_PIXELS, unchanged_in_eval_mode
@@ -46,8 +47,7 @@ def ask(sam: Sam, item: EvalImage, grid_side: int = GRID_SIDE) -> Guesses:
     point lies. `sam` is left as it was.
     """
     points = np.concatenate([grid_points((item.image.shape[0], item.image.shape[1]), grid_side), item.points])
-    place = np.floor(points).astype(np.int64)
-    on_object = item.masks[:, place[:, 1], place[:, 0]].any(axis=0)
+    on_object = objects_under(points, list(item.masks)).any(axis=0)
     predicted, actual = [], []
     with unchanged_in_eval_mode(sam):
         predictor = Predictor(sam)

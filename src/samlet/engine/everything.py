@@ -41,13 +41,14 @@ class Chosen(NamedTuple):
     is_tuned: bool  # whether its own were beside it
 
 
-def choose_settings(checkpoint: Path, **given: Any) -> Chosen:
+def choose_settings(checkpoint: Path, image_size: int | None = None, **given: Any) -> Chosen:
     """What `samlet tune-amg` left beside a checkpoint, else the defaults; `given` values that are not None win.
 
     Raises:
-        SamletError: what lies there is damaged or of other weights, or a given value is out of range.
+        SamletError: what lies there is damaged, of other weights or another input size, or a given value is out of
+            range.
     """
-    tuned = tuned_settings(checkpoint)
+    tuned = tuned_settings(checkpoint, image_size)
     wanted = {name: value for name, value in given.items() if value is not None}
     return Chosen(dataclasses.replace(tuned or AmgSettings(), **wanted), tuned is not None)
 

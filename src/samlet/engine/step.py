@@ -244,16 +244,17 @@ class TrainStep(nn.Module):
 def worth_of_masks(
     batch: Batch, low_res_logits: Float[Tensor, "P 4 h w"], valid: Float[Tensor, "P h w"] | None
 ) -> Float[Tensor, "P 4"] | None:
-    """What the IoU head shall say: the IoU with the prompt's own object, on the background with whatever fits best.
+    """What the IoU head shall say of masks in mode everything: the IoU with the object of the image that fits best.
 
-    None: all prompts have their own.
+    A box has one object, and its masks are worth their IoU with it. None: so has every prompt.
     """
     if batch.background is None or batch.objects is None:
         return None
     logits = low_res_logits.float()
     shared = batch.prompts.image_index[:, None] == batch.objects.image
     best = best_iou(logits, batch.objects.masks.float(), shared, valid)
-    return torch.where(batch.background[:, None], best, actual_iou(logits, batch.masks, valid))
+    anything = is_ambiguous(batch) | batch.background
+    return torch.where(anything[:, None], best, actual_iou(logits, batch.masks, valid))
 
 
 def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor], factor: float = 1.0) -> None:

@@ -77,7 +77,7 @@ def evaluate_everything(
         "stability_score_thresh": stability_score_thresh,
         "fast": fast,
     }
-    chosen = {one.name: choose_settings(one.path, **given) for one in named}
+    chosen = {one.name: choose_settings(one.path, image_size, **given) for one in named}
     count = min(len(images), max_images or len(images))
     facts, measured = measure_all(named, chosen, images, where, count=count, image_size=image_size, device=device)
     report = {"data": str(data), "split": split, "checkpoints": facts}

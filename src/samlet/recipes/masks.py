@@ -79,7 +79,7 @@ def masks(
     console = Console()
     refuse_foreign_folder(images, out)
     targets, ignored = find_targets(images, out)
-    settings, whose = choose_settings(checkpoint, thresholds or {}, plain=plain)
+    settings, whose = choose_settings(checkpoint, thresholds or {}, plain=plain, image_size=image_size)
     for line in (whose, *ignored):
         _say(console, line)
     facts, find = load_generator(checkpoint, settings, image_size=image_size, device=device)
@@ -166,15 +166,18 @@ def _made_by_us(settings: Path) -> bool:
         return False
 
 
-def choose_settings(checkpoint: str | Path, thresholds: Mapping[str, Any], *, plain: bool) -> tuple[AmgSettings, str]:
+def choose_settings(
+    checkpoint: str | Path, thresholds: Mapping[str, Any], *, plain: bool, image_size: int | None = None
+) -> tuple[AmgSettings, str]:
     """The generator's settings and a line on where they come from: what is asked, then what was tuned, then defaults.
 
     Raises:
-        SamletError: a value that a setting cannot have; tuned settings of other weights, or damaged ones.
+        SamletError: a value that a setting cannot have; tuned settings that are damaged, of other weights or of another
+            input size.
     """
     from samlet.models.amg import AmgSettings, tuned_settings
 
-    tuned = tuned_settings(Path(checkpoint))
+    tuned = tuned_settings(Path(checkpoint), image_size)
     base = AmgSettings() if tuned is None else tuned
     changes = {**thresholds, **({"fast": False} if plain else {})}
     settings = AmgSettings.from_dict({**base.as_dict(), **changes})

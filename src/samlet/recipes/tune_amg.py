@@ -60,7 +60,6 @@ def tune_amg(
     settings = AmgSettings() if points_per_side is None else AmgSettings(points_per_side=points_per_side)
     sam = load_sam(named.path, image_size=image_size).to(choose_device(device))
     unfinished = amg_path(named.path).with_suffix(".unfinished")
-    unfinished = amg_path(named.path).with_suffix(".unfinished")
     with image_bar() as progress:
         indices = progress.track(range(count), description=named.name)
         found = collect(named.path, sam, (images.item(index) for index in indices), settings, unfinished)
@@ -72,6 +71,11 @@ def tune_amg(
         nearest_cell(table, settings.pred_iou_thresh, settings.stability_score_thresh),
         best_cell(table, metric),
     )
+    if not getattr(table, metric)[cells[1]]:
+        raise DataError(
+            f"{data}: no mask of {named.path} comes near an object, whatever the thresholds: train it further, or give "
+            "more --points-per-side; nothing was saved"
+        )
     facts = {
         "data": str(data),
         "split": split,

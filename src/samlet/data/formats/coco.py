@@ -228,8 +228,10 @@ class _Reader:
 
     def _record(self, image_id: str, path: Path, image: dict[str, Any], items: list[dict[str, Any]]) -> Record:
         written = image.get("height"), image.get("width")
-        sound = [(f"{self.file}: annotation {item.get('id')}", item["segmentation"]) for item in items]
-        return Record(image_id, path, partial(open_segmentations, tuple(sound), written) if sound else None)
+        alone = [item for item in items if not item.get("iscrowd")]
+        sound = [(f"{self.file}: annotation {item.get('id')}", item["segmentation"]) for item in alone]
+        opened = partial(open_segmentations, tuple(sound), written) if sound else None
+        return Record(image_id, path, opened, is_complete=len(alone) == len(items))
 
     def _by_image(self) -> dict[Any, list[dict[str, Any]]]:
         """Sound annotations by the id of their image; flaws and crowd regions are noted."""
@@ -245,6 +247,7 @@ class _Reader:
                 continue
             if item.get("iscrowd"):
                 counts["crowd"] += 1
+                by_image.setdefault(item.get("image_id"), []).append(item)
             elif reason := self._flaw(item, sizes, seen):
                 self.found.error(f"{self.file}: annotation {item.get('id')}", reason)
             else:

@@ -1,8 +1,8 @@
 """The fast form: few clicks first, and only what may stay is ever brought to the image's size.
 
-1. Clicks in stages: every third point along each side, then the others; of these none where a confident mask lies
-   (hierarchical prompting as in TinySAM, arXiv:2312.13789), and none whose neighbours of the first stage saw nothing
-   hopeful: no mask at the click, or next to it, of nearly the wanted estimate.
+1. On grids of 16 x 16 and more, clicks in stages: every third point along each side, then the others; of these none
+   where a confident mask lies (hierarchical prompting as in TinySAM, arXiv:2312.13789), and none whose neighbours of
+   the first stage saw nothing hopeful: no mask at the click, or next to it, of nearly the wanted estimate.
 2. Stability on the low-res grid, with a margin under the threshold.
 3. Duplicates by low-res boxes, with slack over the threshold. What survives is enlarged and measured exactly, and takes
    part with its own box from then on; what fails there gives free what it had suppressed.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from samlet.models.amg.regions import Rle
 
 STRIDES = (3, 1)
+LEAST_SIDE = 16  # points along each side from which they are clicked in stages: a coarser first stage sees too little
 HOPE = 0.75  # share of the wanted estimate from which a mask says that there is something
 CONFIDENCE = 0.5  # a mask that covers points is estimated so far from the wanted estimate to 1,
 COVER = 0.1  # and no larger than this share of the crop: on a wall or a street there may be more to find
@@ -77,7 +78,8 @@ def search_coarse_to_fine(
     pool = nothing()
     asked, covered, hopeful = (np.zeros(len(points), dtype=bool) for _ in range(3))
     worth = ~asked
-    for stride, stage in zip(STRIDES, coarse_to_fine(grid, STRIDES), strict=True):
+    strides = STRIDES if len(grid) >= LEAST_SIDE**2 else STRIDES[-1:]
+    for stride, stage in zip(strides, coarse_to_fine(grid, strides), strict=True):
         rows = stage[worth[stage] & ~covered[stage]]
         asked[stage] = True
         min_iou = wanted if wanted is None or stride == STRIDES[-1] else HOPE * wanted

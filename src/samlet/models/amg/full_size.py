@@ -44,7 +44,7 @@ class Enlarger(NamedTuple):
     memory_budget: int
 
     def __call__(self, low_res: Float[Tensor, "n h w"]) -> FullSize:
-        """Masks where the enlarged logits exceed 0, stable enough, and not cut by an edge of the crop."""
+        """Masks where the enlarged logits exceed 0: not empty, stable enough, and not cut by an edge of the crop."""
         count = self.at_a_time(low_res.device)
         parts = [self._some(low_res[start : start + count]) for start in range(0, len(low_res), count)]
         none = FullSize([], np.zeros(0, dtype=bool), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
@@ -64,7 +64,7 @@ class Enlarger(NamedTuple):
         stability = regions.stability(logits, self.settings.stability_score_offset).cpu().numpy()
         masks = logits > 0
         boxes = box.boxes_of(masks) + np.array([crop.x0, crop.y0, crop.x0, crop.y0], np.float32)
-        passed = ~box.cut_by_crop(boxes, crop, self.size)
+        passed = ~box.cut_by_crop(boxes, crop, self.size) & (regions.pixels_of(masks) > 0).cpu().numpy()
         if self.settings.stability_score_thresh > 0:
             passed &= stability >= self.settings.stability_score_thresh
         by_column = masks[torch.from_numpy(passed).to(masks.device)].transpose(1, 2)

@@ -122,14 +122,14 @@ def save_tuned(checkpoint: Path, settings: AmgSettings, **facts: Any) -> Path:
     return path
 
 
-def tuned_settings(checkpoint: Path) -> AmgSettings | None:
+def tuned_settings(checkpoint: Path, image_size: int | None = None) -> AmgSettings | None:
     """The settings that were tuned for a checkpoint; None: it was not tuned.
 
     A run's settings are those of its best student too, under each of its names: run/mobile_sam.pt, run/best, ...
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        SamletError: the file is damaged, or belongs to other weights.
+        SamletError: the file is damaged, or belongs to other weights or another input size than `image_size`.
     """
     path = next((place for place in _places(checkpoint) if place.is_file()), None)
     if path is None:
@@ -145,6 +145,9 @@ def tuned_settings(checkpoint: Path) -> AmgSettings | None:
         raise SamletError(f"{path}: damaged, not the settings of an automatic generator ({error}): {again}") from error
     except SamletError as error:
         raise SamletError(f"{path}: {error}: {again}") from error
+    size = content.get("image_size")
+    if image_size is not None and size not in (None, image_size):
+        raise SamletError(f"{path}: was tuned at an image size of {size}, and {image_size} is asked for: {again}")
     if digest != _digest(checkpoint):
         raise SamletError(f"{path}: was tuned for other weights than {checkpoint} holds now: {again}")
     return settings
