@@ -98,6 +98,32 @@ def test_two_processes_come_to_the_weights_of_one(
         assert one_row == pytest.approx(two_row, rel=2e-4, abs=1e-5)
 
 
+def test_two_processes_share_the_search_for_automatic_masks_and_learn_from_all(
+    blocks: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    scenes, settings = blocks
+    everything = {
+        **settings,
+        "dataset": {"mode": "everything", "grid_points": 4},
+        "everything": {"unlabelled": "negative", "max_points": 4, "boxes": 1},
+        "mask_teacher": {
+            "enable": True,
+            "method": "dual_supervision",
+            "points_per_side": 3,
+            "pred_iou_thresh": 0.0,
+            "stability_score_thresh": 0.0,
+        },
+    }
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert train(tiny_config(scenes, alone, **everything)) == 0
+    run_in_two(scenes, shared, **everything)
+    facts = [json.loads((run / "run.json").read_text())["mask_teacher"] for run in (alone, shared)]
+    assert facts[0] == facts[1]
+    one, two = (load_file(run / "student.safetensors") for run in (alone, shared))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
 def test_a_process_that_loses_the_other_ends_and_the_run_goes_on_to_the_same_bits(
     blocks: tuple[Path, dict[str, Any]], calm: Path, tmp_path: Path
 ) -> None:

@@ -26,10 +26,10 @@ SECONDS_LATE = 4
 set_up, real_forward, calls = vars(recipe)["set_up"], TrainStep.forward, itertools.count()
 
 
-def set_up_late(*args: object) -> object:
+def set_up_late(*args: object, **settings: object) -> object:
     if os.environ["RANK"] == os.environ.get("LATE_RANK"):
         time.sleep(SECONDS_LATE)
-    return set_up(*args)
+    return set_up(*args, **settings)
 
 
 def forward(self: TrainStep, *inputs: Any) -> Any:
