@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from samlet.config import RunConfig
+from samlet.data import read_image
 from samlet.data.synthetic import write_dataset
-from samlet.models import build_sam
+from samlet.models import AutomaticMaskGenerator, build_sam, load_sam
 from samlet.models.checkpoints import save_sam_upstream
 
 IMAGE_SIZE = 64
@@ -38,6 +41,18 @@ def write_teacher(path: Path, seed: int = 1, kind: str = "vit_b", **sizes: Any) 
         sam = build_sam(kind, IMAGE_SIZE, **(sizes or TEACHER))
     save_sam_upstream(sam, path)
     return path
+
+
+def add_found_objects(scenes: Path, checkpoint: Path) -> Path:
+    """Make one mask that a model of random weights finds an object of each validation image: it is right about it."""
+    generator = AutomaticMaskGenerator(
+        load_sam(checkpoint, image_size=IMAGE_SIZE), 3, pred_iou_thresh=-9.0, stability_score_thresh=0.0
+    )
+    for image in sorted((scenes / "val" / "image").iterdir()):
+        found = generator.generate(read_image(image))
+        mask = max((one["segmentation"] for one in found), key=np.count_nonzero)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(scenes / "val" / "mask" / image.stem / "99.png")
+    return scenes
 
 
 def tiny_config(scenes: Path, out: Path, **blocks: Any) -> RunConfig:

@@ -13,7 +13,7 @@ from samlet.engine.kept_measurements import Arrays, KeptMeasurements
 from samlet.models.amg import AutomaticMaskGenerator
 from samlet.recipes.evaluate_everything import evaluate_everything
 from samlet.recipes.tune_amg import tune_amg
-from tests.tiny import IMAGE_SIZE, STUDENT, write_scenes, write_teacher
+from tests.tiny import IMAGE_SIZE, STUDENT, add_found_objects, write_scenes, write_teacher
 
 FACTS = {"weights": "abc", "settings": {"points_per_side": 3}}
 
@@ -125,9 +125,10 @@ def test_everything_that_was_cut_off_goes_on_and_says_the_same(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_tuning_that_was_cut_off_goes_on_and_chooses_the_same(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tuning_that_was_cut_off_goes_on_and_chooses_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_teacher(tmp_path / "base.pt", kind="vit_t", **STUDENT)
+    scenes = add_found_objects(write_scenes(tmp_path / "scenes", train=1, val=3), weights)
+
     def tuned(name: str) -> dict[str, Any]:
         (tmp_path / name).mkdir(exist_ok=True)
         weights = write_teacher(tmp_path / name / "base.pt", kind="vit_t", **STUDENT)

@@ -79,6 +79,7 @@ def test_twenty_kills_change_nothing_with(scenes: Path, tmp_path: Path, variant:
     weather(scenes, tmp_path, 20, variant, epochs=5)
 
 
+@pytest.mark.slow
 def test_kills_change_nothing_with_teacher_bf16_and_accumulation(scenes: Path, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.pth")
     weather(

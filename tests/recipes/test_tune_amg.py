@@ -6,32 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from samlet.cli import app
-from samlet.data import read_image
 from samlet.errors import CheckpointError, DataError, SamletError
-from samlet.models import load_sam
-from samlet.models.amg import AutomaticMaskGenerator, tuned_settings
+from samlet.models.amg import tuned_settings
 from samlet.recipes.evaluate_everything import evaluate_everything
 from samlet.recipes.tune_amg import tune_amg
-from tests.tiny import IMAGE_SIZE, STUDENT, write_scenes, write_teacher
+from tests.tiny import IMAGE_SIZE, STUDENT, add_found_objects, write_scenes, write_teacher
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Besides what is drawn, one mask that the random model finds is an object: of 0 nothing could be tuned."""
     root = write_scenes(tmp_path_factory.mktemp("scenes"), train=1, val=2)
-    sam = load_sam(checkpoint_in(tmp_path_factory.mktemp("weights")), image_size=IMAGE_SIZE)
-    generator = AutomaticMaskGenerator(sam, 3, pred_iou_thresh=-9.0, stability_score_thresh=0.0)
-    for image in sorted((root / "val" / "image").iterdir()):
-        found = generator.generate(read_image(image))
-        mask = max((one["segmentation"] for one in found), key=np.count_nonzero)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(root / "val" / "mask" / image.stem / "99.png")
-    return root
+    return add_found_objects(root, checkpoint_in(tmp_path_factory.mktemp("weights")))
 
 
 def checkpoint_in(folder: Path) -> Path:
