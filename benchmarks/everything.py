@@ -41,7 +41,7 @@ EVERYTHING = (
     "dataset.mode=everything",
     "dataset.grid_points=32",
     "everything.unlabelled=negative",
-    "everything.max_points=32",
+    "everything.max_points=12",
     "everything.boxes=4",
 )
 ARMS: dict[str, tuple[str, ...]] = {"prompts": (), "everything": EVERYTHING}
