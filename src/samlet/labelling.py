@@ -232,10 +232,10 @@ def _find_missing(
     advance: Callable[[], object],
     broken: str,
 ) -> None:
-    """Compute what is not kept; what cannot be read stays without where the policy is to skip."""
+    """Compute what this process has to; what cannot be read stays without where the policy is to skip."""
     missing = [asked for _, asked in _looked_at(items, facts, broken) if asked.kept is None]
     if missing:
-        say(f"automatic masks of {len(missing)} of {len(items)} images are to be found before the first step")
+        say(f"{len(missing)} of this process's {len(items)} images get their automatic masks before the first step")
     with ImageCount(len(missing), "masks") as count:
         for asked in missing:
             advance()

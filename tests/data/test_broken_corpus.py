@@ -179,6 +179,7 @@ COCO: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], str, str]] = {
     "another size than the file": ([], [], "error", "said to be"),
     "category gap": ([], [annotation(RLE, 2, 1) | {"category_id": 7}], "warning", "not listed"),
     "crowd": ([], [annotation(RLE, 2, 1, iscrowd=1)], "warning", "crowd"),
+    "crowd of no image": ([], [annotation(RLE, 2, 1, iscrowd=1) | {"image_id": [1]}], "warning", "crowd"),
     "unlisted image": ([], [], "warning", "not listed in"),
 }
 

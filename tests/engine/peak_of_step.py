@@ -36,6 +36,7 @@ def main() -> None:
         image_ids=("image",),
         target_of=torch.arange(prompts) % objects,
         background=torch.zeros(prompts, dtype=torch.bool),
+        mask_image=torch.zeros(objects, dtype=torch.int64),
     )
     step = TrainStep(student, TaskLossConfig(), prompts_per_chunk=size or None)
     began = time.monotonic()

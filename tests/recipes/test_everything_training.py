@@ -145,6 +145,7 @@ def scene() -> Batch:
         embedding=codes[:, :, None, None].expand(-1, -1, IMAGE_SIZE // 16, IMAGE_SIZE // 16).contiguous(),
         target_of=image,
         background=image == 1,
+        mask_image=torch.arange(2),
     )
 
 

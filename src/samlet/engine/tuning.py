@@ -30,7 +30,7 @@ class Candidates(NamedTuple):
 
     boxes: Float32[np.ndarray, "M 4"]  # (x0, y0, x1, y1)
     predicted: Float64[np.ndarray, "M"]
-    stability: Float64[np.ndarray, "M"]  # NaN of an empty mask, which only the threshold 0 keeps
+    stability: Float64[np.ndarray, "M"]  # NaN: kept by the threshold 0 alone
     iou: Float64[np.ndarray, "M O"]
 
 

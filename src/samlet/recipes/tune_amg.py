@@ -72,6 +72,7 @@ def tune_amg(
         best_cell(table, metric),
     )
     if not getattr(table, metric)[cells[1]]:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise DataError(
             f"{data}: no mask of {named.path} comes near an object, whatever the thresholds: train it further, or give "
             "more --points-per-side; nothing was saved"

@@ -247,7 +247,8 @@ class _Reader:
                 continue
             if item.get("iscrowd"):
                 counts["crowd"] += 1
-                by_image.setdefault(item.get("image_id"), []).append(item)
+                if isinstance(item.get("image_id"), int | str):
+                    by_image.setdefault(item["image_id"], []).append(item)
             elif reason := self._flaw(item, sizes, seen):
                 self.found.error(f"{self.file}: annotation {item.get('id')}", reason)
             else:

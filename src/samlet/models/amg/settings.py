@@ -147,7 +147,10 @@ def tuned_settings(checkpoint: Path, image_size: int | None = None) -> AmgSettin
         raise SamletError(f"{path}: {error}: {again}") from error
     size = content.get("image_size")
     if image_size is not None and size not in (None, image_size):
-        raise SamletError(f"{path}: was tuned at an image size of {size}, and {image_size} is asked for: {again}")
+        raise SamletError(
+            f"{path}: was tuned at an image size of {size}, and {image_size} is asked for: run `samlet tune-amg "
+            f"{checkpoint} DATA --image-size {image_size}`, or remove the file"
+        )
     if digest != _digest(checkpoint):
         raise SamletError(f"{path}: was tuned for other weights than {checkpoint} holds now: {again}")
     return settings
