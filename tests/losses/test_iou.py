@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from samlet.losses import iou_loss
-from samlet.losses.iou import actual_iou, best_iou
+from samlet.losses.iou import actual_iou, best_fit_iou
 
 
 def _halves() -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,14 +37,14 @@ def test_the_best_fit_of_a_mask_among_the_objects_of_its_image() -> None:
     left[..., :2] = 1
     objects, both = torch.cat([upper, left]), logits.expand(3, 1, 4, 4)
     shared = torch.tensor([[True, True], [True, False], [False, False]])
-    assert best_iou(both, objects, shared, None).flatten().tolist() == pytest.approx([1, 1 / 3, 0])
+    assert best_fit_iou(both, objects, shared, None).flatten().tolist() == pytest.approx([1, 1 / 3, 0])
     valid = torch.ones(3, 4, 4)
     valid[:, :, 1:] = 0  # one column of four cells: the mask covers all of them, the upper object two
-    assert best_iou(both, objects, shared, valid).flatten().tolist() == pytest.approx([1, 1 / 2, 0])
+    assert best_fit_iou(both, objects, shared, valid).flatten().tolist() == pytest.approx([1, 1 / 2, 0])
     for number in range(2):
         alone = actual_iou(both, objects[number].expand(3, 4, 4), valid)
-        assert torch.allclose(best_iou(both, objects[number][None], shared[:1, :1].expand(3, 1), valid), alone)
-    assert best_iou(both, objects[:0], shared[:, :0], None).flatten().tolist() == [0, 0, 0]
+        assert torch.allclose(best_fit_iou(both, objects[number][None], shared[:1, :1].expand(3, 1), valid), alone)
+    assert best_fit_iou(both, objects[:0], shared[:, :0], None).flatten().tolist() == [0, 0, 0]
 
 
 def test_an_unknown_kind_is_refused() -> None:

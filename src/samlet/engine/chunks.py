@@ -23,7 +23,7 @@ def chunks_of(batch: Batch, size: int | None) -> list[slice]:
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    """Some of the prompts, each with a mask of its own; the images stay, and for the background all their objects."""
+    """Some of the prompts, each with a mask of its own; the images stay, and beside them all their objects."""
     given = {name: value[rows] for name, value in batch.prompts._asdict().items() if value is not None}
     return batch._replace(
         prompts=batch.prompts._replace(**given),

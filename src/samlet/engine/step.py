@@ -24,7 +24,7 @@ from samlet.distill.teacher import Lesson
 from samlet.distill.views import View, encode_tapped
 from samlet.engine.chunks import chunks_of, computed_again, part_of
 from samlet.losses.configs import TaskLossConfig
-from samlet.losses.iou import actual_iou, best_iou
+from samlet.losses.iou import actual_iou, best_fit_iou
 from samlet.types import Batch, ImageFeatures, MaskOutput, Terms
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def worth_of_masks(
         return None
     logits = low_res_logits.float()
     shared = batch.prompts.image_index[:, None] == batch.objects.image
-    best = best_iou(logits, batch.objects.masks.float(), shared, valid)
+    best = best_fit_iou(logits, batch.objects.masks.float(), shared, valid)
     anything = is_ambiguous(batch) | batch.background
     return torch.where(anything[:, None], best, actual_iou(logits, batch.masks, valid))
 

@@ -37,7 +37,7 @@ def actual_iou(
 
 
 @torch.no_grad()
-def best_iou(
+def best_fit_iou(
     logits: Float[Tensor, "P M h w"],
     objects: Float[Tensor, "O h w"],
     shared: Bool[Tensor, "P O"],
