@@ -41,8 +41,9 @@ EVERYTHING = (
     "dataset.mode=everything",
     "dataset.grid_points=32",
     "everything.unlabelled=negative",
-    "everything.max_points=12",
-    "everything.boxes=4",
+    "everything.max_points=32",
+    "everything.boxes=8",
+    "training.prompts_per_chunk=256",  # all at once: at 256 pixels memory is no concern, and nothing is computed again
 )
 ARMS: dict[str, tuple[str, ...]] = {"prompts": (), "everything": EVERYTHING}
 GRID = {"points_per_side": 16, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "fast": False}

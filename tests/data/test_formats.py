@@ -15,7 +15,7 @@ from PIL import Image
 
 from samlet.data.formats import FORMATS, FormatName, load_format, read_split
 from samlet.data.images import probe_image
-from samlet.data.records import Found, read_masks
+from samlet.data.records import Found, read_crowds, read_masks
 from samlet.data.segmentations import decode_counts, flaw, to_mask
 from samlet.errors import DataError
 from tests.data.builders import disc, picture, save, write_split
@@ -128,8 +128,12 @@ def test_coco_layouts(tmp_path: Path, annotations: str, images: str) -> None:
     coco(tmp_path / annotations, [entry()], items)
     found = read_split(tmp_path, "train")
     assert found.format == "coco"
-    assert [problem.reason for problem in found.problems] == ["1 crowd region(s) are not used"]
-    assert [record.is_complete for record in found.records].count(False) == 1
+    assert [problem.reason for problem in found.problems] == [
+        "1 crowd region(s) are no objects; what is found there is not judged"
+    ]
+    assert all(record.is_complete for record in found.records)
+    crowds = [region for record in found.records for region in read_crowds(record, SIZE)]
+    assert np.array_equal(crowds, DISCS[1:])
     masks = all_masks(found)["a"]
     assert len(masks) == 3
     assert masks[0].sum() == 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from samlet.data.batches import collate
 from samlet.data.configs import AugmentationConfig, DatasetConfig, EverythingConfig, PromptConfig
 from samlet.data.dataset import SegmentationDataset
 from samlet.data.grid import NO_OBJECT, GridSettings, ask_everywhere, draw_clicks, objects_under, point_grid
+from samlet.data.records import open_segmentations
 from samlet.data.sampler import SampleKey
 from samlet.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PADDING, POSITIVE, Sample
 from tests.data.builders import config, save, write_small
@@ -261,14 +263,17 @@ def test_a_mask_that_cannot_be_read_leaves_no_negatives(tmp_path: Path) -> None:
     assert bool(sample.labelled.all())
 
 
-def test_objects_that_are_too_small_and_images_with_crowds_give_no_negatives(root: Path) -> None:
+def test_what_is_no_object_of_its_own_gives_no_negatives(root: Path) -> None:
     key, still = SampleKey(0, 1), AugmentationConfig(enable=False).build()
 
-    def sample(min_area: int, *, is_complete: bool = True) -> Sample:
+    def sample(min_area: int, *, is_complete: bool = True, crowded: bool = False) -> Sample:
         settings = config(root, mode="everything", grid_points=20, min_area=min_area)
         dataset = build(settings, unlabelled="negative", max_points=None, jitter=False)
         dataset = dataset.varied(PromptConfig().build("everything"), still)
-        return dataset.of_records([one._replace(is_complete=is_complete) for one in dataset.records])[key]
+        crowd = partial(open_segmentations, (("crowd", [[0, 0, 32, 0, 32, 48, 0, 48]]),), (48, 64)) if crowded else None
+        return dataset.of_records(
+            [one._replace(is_complete=is_complete, open_crowds=crowd) for one in dataset.records]
+        )[key]
 
     whole = sample(1)
     largest = int(16 * whole.masks.sum(dim=(1, 2)).max())
@@ -279,3 +284,8 @@ def test_objects_that_are_too_small_and_images_with_crowds_give_no_negatives(roo
     assert int(some.labelled.sum()) < int(whole.labelled.sum())
     assert int(some.background.sum()) == int(whole.background.sum()) > 0
     assert not bool(none.background.any())
+    beside = sample(1, crowded=True)
+    assert beside.background is not None
+    columns = [one.prompts.point_coords[one.background][:, 0, 0] / one.input_size[1] for one in (whole, beside)]
+    assert float(columns[0].min()) < 0.4
+    assert 0.48 < float(columns[1].min()) < 0.6

@@ -36,7 +36,7 @@ def scene(objects: list[np.ndarray], masks: list[np.ndarray], scores: list[float
 def given(iou: list[list[float]], scores: list[float]) -> Overlaps:
     table = np.array(iou, np.float64).reshape(len(scores), -1)
     areas = np.full(table.shape[0], 100), np.full(table.shape[1], 100)
-    return Overlaps(table, table, np.array(scores), *areas)
+    return Overlaps(table, table, np.zeros(len(scores)), np.array(scores), *areas)
 
 
 def test_perfect_masks_score_one() -> None:
@@ -141,6 +141,21 @@ def test_boundary_overlap_is_never_above_the_masks() -> None:
     assert one.boundary_iou[0, 0] == one.iou[0, 0] == pytest.approx(116 / 900)
 
 
+def test_a_mask_in_a_crowd_is_neither_right_nor_wrong() -> None:
+    one, crowd = rectangle(0, 0, 10, 10), np.stack([rectangle(30, 0, 60, 40), rectangle(0, 20, 30, 40)])
+    inside, straddling = rectangle(40, 5, 50, 15), rectangle(24, 0, 36, 10)  # half of it in the first region
+    outside, in_and_right = rectangle(20, 0, 30, 10), rectangle(2, 25, 12, 35)
+    objects, masks = np.stack([one, in_and_right]), [one, inside, straddling, outside, in_and_right]
+    found = overlaps([encode(mask) for mask in masks], np.linspace(0.9, 0.5, 5), objects, crowd)
+    assert found.in_crowd == pytest.approx([0, 1, 0.5, 0, 1])
+    scores = summarize_masks([found])
+    assert (scores["matched"], scores["masks"], scores["false_positives"]) == (2, 3, 1.0)
+    assert scores["f1"] == pytest.approx(4 / 5)
+    assert scores["ap50"] == pytest.approx(
+        (51 + 50 * 2 / 3) / 101
+    )  # the one wrong mask is trusted less than one object
+
+
 def random_scene(rng: np.random.Generator, objects: int, masks: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     def draw() -> np.ndarray:
         x0, y0 = int(rng.integers(0, 45)), int(rng.integers(0, 28))
@@ -153,12 +168,13 @@ def random_scene(rng: np.random.Generator, objects: int, masks: int) -> tuple[np
     return truth, [*found, draw()][:masks], rng.random(masks).round(1)
 
 
-def plain_coco(scenes: list[tuple[np.ndarray, list[np.ndarray], np.ndarray]]) -> COCOeval:
+def plain_coco(scenes: list[tuple[np.ndarray, list[np.ndarray], np.ndarray]], crowds: list[np.ndarray]) -> COCOeval:
     truth, results = COCO(), []
     truth.dataset = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "object"}]}
     for number, (objects, masks, scores) in enumerate(scenes, start=1):
         truth.dataset["images"].append({"id": number, "height": SIZE[0], "width": SIZE[1]})
-        for mask in objects:
+        regions = [] if number == 3 else crowds
+        for place, mask in enumerate([*objects, *regions]):
             truth.dataset["annotations"].append(
                 {
                     "id": len(truth.dataset["annotations"]) + 1,
@@ -166,7 +182,7 @@ def plain_coco(scenes: list[tuple[np.ndarray, list[np.ndarray], np.ndarray]]) ->
                     "category_id": 1,
                     "segmentation": encode(mask),
                     "area": int(mask.sum()),
-                    "iscrowd": 0,
+                    "iscrowd": int(place >= len(objects)),
                 }
             )
         for mask, score in zip(masks, scores, strict=True):
@@ -179,11 +195,18 @@ def plain_coco(scenes: list[tuple[np.ndarray, list[np.ndarray], np.ndarray]]) ->
     return evaluation
 
 
-def test_the_numbers_are_cocoeval_s() -> None:
+@pytest.mark.parametrize("crowds", [[], [rectangle(0, 0, 20, 28), rectangle(16, 10, 33, 40)]])
+def test_the_numbers_are_cocoeval_s(crowds: list[np.ndarray]) -> None:
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, objects, masks) for objects, masks in ((3, 8), (1, 0), (0, 1), (5, 30), (2, 14))]
-    plain = plain_coco(scenes)
-    ours = summarize_masks([overlaps([encode(mask) for mask in masks], s, truth) for truth, masks, s in scenes])
+    plain = plain_coco(scenes, crowds)
+    regions = [np.array([] if number == 3 else crowds, np.bool_).reshape(-1, *SIZE) for number in range(1, 6)]
+    ours = summarize_masks(
+        [
+            overlaps([encode(mask) for mask in masks], s, truth, own)
+            for (truth, masks, s), own in zip(scenes, regions, strict=True)
+        ]
+    )
     recall, precision = plain.eval["recall"][:, 0], plain.eval["precision"][:, :, 0]
     assert 0.1 < ours["ap"] < 0.9
     assert [ours["ar"][str(count)] for count in MAX_MASKS] == [recall[:, 0, at].mean() for at in range(3)]

@@ -97,6 +97,17 @@ def test_without_objects_every_mask_fits_nothing(tiny: Any) -> None:
     assert len(both.predicted) == len(both.on_object) == 24
 
 
+def test_the_grid_asks_nothing_of_crowds(tiny: Any) -> None:
+    item = scene([(2, 2, 30, 30)])
+    crowds = np.zeros((2, 40, 56), np.bool_)
+    crowds[0, :, :28] = crowds[1, :20, 20:] = True
+    every, some = ask(tiny, item, grid_side=2), ask(tiny, item._replace(crowds=crowds), grid_side=2)
+    rows = np.r_[9:12, 12:15]  # the last point of the grid and the object's centre
+    assert some.predicted == pytest.approx(every.predicted[rows], abs=1e-6)
+    nothing = ask(tiny, scene([])._replace(crowds=np.ones((1, 40, 56), np.bool_)))
+    assert [len(column) for column in nothing] == [0, 0, 0]
+
+
 def test_the_picture_is_the_same_bytes_again(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     predicted = rng.random(500)

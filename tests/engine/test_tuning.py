@@ -68,7 +68,9 @@ def test_the_sweep_says_what_the_generator_gives() -> None:
     images = [np.zeros((*SIZE, 3), np.uint8), np.zeros((40, 50, 3), np.uint8)]
     every = [blobs(UNFILTERED).find(image) for image in images]
     truth = [np.stack([decode(rle) for rle in masks.rles[5::11]]) for masks in every]
-    found = [candidates(masks, objects) for masks, objects in zip(every, truth, strict=True)]
+    crowds = [np.zeros((1, *image.shape[:2]), np.bool_) for image in images]
+    crowds[0][0, :, 30:] = True
+    found = [candidates(*each) for each in zip(every, truth, crowds, strict=True)]
     predicted, stability = (0.0, 0.5, 0.8), (0.0, 0.6, 0.85)
     table = sweep(found, 0.6, predicted, stability)
     assert np.ptp(table.f1) > 0.1
@@ -80,8 +82,12 @@ def test_the_sweep_says_what_the_generator_gives() -> None:
             )
             kept = [blobs(settings).find(image) for image in images]
             summary = summarize_masks(
-                [overlaps(one.rles, one.predicted_iou, objects) for one, objects in zip(kept, truth, strict=True)]
+                [
+                    overlaps(one.rles, one.predicted_iou, objects, regions)
+                    for one, objects, regions in zip(kept, truth, crowds, strict=True)
+                ]
             )
+            assert summary["masks"] < sum(len(one.rles) for one in kept)
             assert table.masks[row, column] == summary["masks"] / 2
             assert table.f1[row, column] == pytest.approx(summary["f1"])
             assert table.ar[row, column] == pytest.approx(summary["ar"]["1000"])
@@ -101,7 +107,7 @@ def by_hand() -> Candidates:
     """Two objects; the best mask of each, a duplicate of the first, a wrong one that is trusted most but unstable."""
     boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9], [40, 0, 49, 9]], np.float32)
     iou = np.array([[0.7, 0], [0.9, 0], [0, 0.8], [0, 0]])
-    return Candidates(boxes, np.array([0.8, 0.6, 0.5, 0.95]), np.array([0.9, 0.95, 0.9, 0.4]), iou)
+    return Candidates(boxes, np.array([0.8, 0.6, 0.5, 0.95]), np.array([0.9, 0.95, 0.9, 0.4]), iou, np.zeros(4))
 
 
 def test_scores_by_hand() -> None:
@@ -131,7 +137,7 @@ def test_of_equals_the_stricter_pair() -> None:
 
 
 def test_no_masks_and_no_objects() -> None:
-    none = Candidates(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0), np.zeros((0, 2)))
+    none = Candidates(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0), np.zeros((0, 2)), np.zeros(0))
     bare = by_hand()._replace(iou=np.zeros((4, 0)))
     table = sweep([none, bare], 0.7, predicted=(0.0,), stability=(0.0,))
     assert (table.f1[0, 0], table.ar[0, 0], table.masks[0, 0]) == (0, 0, 1.5)
@@ -152,6 +158,7 @@ def test_the_sweep_scores_as_coco_does() -> None:
     plain = Overlaps(
         image.iou[kept],
         image.iou[kept],
+        image.in_crowd[kept],
         image.predicted[kept],
         np.full(3, 100),
         np.full(2, 100),

@@ -19,7 +19,7 @@ from samlet.data.grid import GridSettings, ask_everywhere
 from samlet.data.images import Decoded, probe_image, read_image, read_picture
 from samlet.data.masks import centre_point, mask_box
 from samlet.data.prompts import PromptRow, PromptSettings, draw_blind_prompt, draw_prompt
-from samlet.data.records import ObjectMasks, Problem, Record, read_masks
+from samlet.data.records import ObjectMasks, Problem, Record, read_crowds, read_masks
 from samlet.data.sampler import SampleKey
 from samlet.data.streams import Stream, generator, name_index
 from samlet.data.transforms import (
@@ -227,7 +227,8 @@ class SegmentationDataset(Dataset[Sample]):
         if self.grid is None:
             asked = self._asked(objects, geometry, key)
         else:
-            unknown = too_small if record.is_complete and len(skipped) == known else None
+            crowds = [transform_mask(mask, geometry) for mask in read_crowds(record, image.size)]
+            unknown = too_small + crowds if record.is_complete and len(skipped) == known else None
             asked = self._asked_everywhere(self.grid, objects, geometry, key, unknown)
         prompts, stored, answers = stack_rows(asked.rows), None, None
         if self.stored is not None:
@@ -384,6 +385,9 @@ class SegmentationDataset(Dataset[Sample]):
         return torch.from_numpy(np.stack(grids)) if grids else torch.zeros(count, side, side)
 
 
+NO_REGIONS = np.zeros((0, 1, 1), np.bool_)
+
+
 class EvalImage(NamedTuple):
     """One validation image in the original frame with all its O objects; numpy throughout."""
 
@@ -393,6 +397,7 @@ class EvalImage(NamedTuple):
     points: Float32[np.ndarray, "O 2"]  # (x, y): the most interior pixel of each object
     boxes: Float32[np.ndarray, "O 4"]  # (x0, y0, x1, y1), from pixel edge to pixel edge
     skipped: tuple[str, ...] = ()  # what could not be used, where the policy is to skip
+    crowds: Bool[np.ndarray, "K H W"] = NO_REGIONS  # full of objects without masks of their own
 
 
 class ValidationSet:
@@ -429,7 +434,7 @@ class ValidationSet:
         record, skipped = self.records[index], list[str]()
         image = self._image(record, skipped)
         size = (image.shape[0], image.shape[1])
-        masks = self._masks(record, size, skipped)
+        masks, crowds = self._masks(record, size, skipped), read_crowds(record, size)
         return EvalImage(
             image_id=record.image_id,
             image=image,
@@ -437,6 +442,7 @@ class ValidationSet:
             points=np.array([centre_point(mask) for mask in masks], np.float32).reshape(-1, 2),
             boxes=np.array([mask_box(mask) for mask in masks], np.float32).reshape(-1, 4),
             skipped=tuple(skipped),
+            crowds=np.stack(crowds) if crowds else NO_REGIONS,
         )
 
     def _image(self, record: Record, skipped: list[str]) -> UInt8[np.ndarray, "H W 3"]:

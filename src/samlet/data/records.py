@@ -52,7 +52,8 @@ class Record(NamedTuple):
     image_id: str  # its path below the image folder without suffix: unique in a split
     image_path: Path
     open_masks: OpenMasks | None  # from the image's (H, W); None: unlabelled
-    is_complete: bool = True  # False: there may be objects without a mask, a crowd region say
+    is_complete: bool = True  # False: there may be objects that neither have a mask nor lie in a crowd region
+    open_crowds: OpenMasks | None = None  # regions full of objects without masks of their own
 
 
 @dataclass
@@ -172,6 +173,12 @@ def open_segmentations(
             f"but it is {size[1]} x {size[0]} (upright, as EXIF says); mend the size or the image"
         )
     return Segmentations(items, size)
+
+
+def read_crowds(record: Record, size: tuple[int, int]) -> list[Bool[np.ndarray, "H W"]]:
+    """The crowd regions of an image of (H, W), but for those that cannot be read: nobody learns them."""
+    masks = [] if record.open_crowds is None else read_masks(record.open_crowds, size)
+    return [mask for mask in masks if not isinstance(mask, DataError)]
 
 
 def read_masks(open_masks: OpenMasks, size: tuple[int, int]) -> Iterator[Bool[np.ndarray, "H W"] | DataError]:

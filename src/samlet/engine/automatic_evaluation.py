@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import minimum_filter
 from scipy.optimize import linear_sum_assignment
 
+from samlet.data.dataset import NO_REGIONS
 from samlet.data.masks import mask_box
 from samlet.data.segmentations import to_mask
 from samlet.engine.evaluation import SIZES
@@ -41,6 +42,7 @@ class Overlaps(NamedTuple):
 
     iou: Float64[np.ndarray, "M O"]
     boundary_iou: Float64[np.ndarray, "M O"]  # never above `iou`
+    in_crowd: Float64[np.ndarray, "M"]  # share of the mask that lies in a crowd region
     scores: Float64[np.ndarray, "M"]  # predicted IoU
     mask_area: Int64[np.ndarray, "M"]
     object_area: Int64[np.ndarray, "O"]
@@ -54,7 +56,12 @@ class Matches(NamedTuple):
     iou: Float64[np.ndarray, "N"]
 
 
-def overlaps(rles: Sequence[Rle], scores: ArrayLike, truth: Bool[np.ndarray, "O H W"]) -> Overlaps:
+def overlaps(
+    rles: Sequence[Rle],
+    scores: ArrayLike,
+    truth: Bool[np.ndarray, "O H W"],
+    crowds: Bool[np.ndarray, "K H W"] = NO_REGIONS,
+) -> Overlaps:
     """Mask IoU and boundary IoU of an image's masks (compressed COCO RLE, original frame) with its objects.
 
     Boundary IoU = |(G_d & G) & (P_d & P)| / |(G_d & G) | (P_d & P)|, where X_d is what is within d = 2 % of the image's
@@ -70,6 +77,7 @@ def overlaps(rles: Sequence[Rle], scores: ArrayLike, truth: Bool[np.ndarray, "O 
     return Overlaps(
         iou=iou,
         boundary_iou=np.minimum(iou, edges),
+        in_crowd=share_in(rles, [encode(region) for region in crowds]),
         scores=np.asarray(scores, np.float64),
         mask_area=_areas(rles),
         object_area=_areas(objects),
@@ -81,6 +89,15 @@ def pairwise_iou(rles: Sequence[Rle], objects: Sequence[Rle]) -> Float64[np.ndar
     if not len(rles) or not len(objects):
         return np.zeros((len(rles), len(objects)))
     return np.asarray(coco_mask.iou(list(rles), list(objects), [0] * len(objects)), np.float64)
+
+
+def share_in(rles: Sequence[Rle], regions: Sequence[Rle]) -> Float64[np.ndarray, "M"]:
+    """The largest share of each mask that lies in one of the regions: COCO's IoU with a crowd."""
+    if not len(rles) or not len(regions):
+        return np.zeros(len(rles))
+    shares = np.asarray(coco_mask.iou(list(rles), list(regions), [1] * len(regions)), np.float64)
+    largest: Float64[np.ndarray, "M"] = shares.max(axis=1)
+    return largest
 
 
 def encode(mask: Bool[np.ndarray, "H W"]) -> Rle:
@@ -120,13 +137,21 @@ def match(iou: Float64[np.ndarray, "M O"], threshold: float = HIT) -> Matches:
     return Matches(masks.astype(np.int64), objects.astype(np.int64), iou[masks, objects])
 
 
+def count_judged(in_crowd: Float64[np.ndarray, "M"], matches: Matches) -> int:
+    """How many masks are right or wrong: one in a crowd region that matches no object is neither."""
+    is_neither = in_crowd >= HIT
+    is_neither[matches.masks] = False
+    return len(in_crowd) - int(is_neither.sum())
+
+
 def summarize_masks(images: Sequence[Overlaps]) -> dict[str, Any]:
     """Scores of a set of images, from 0 to 1; None where there is no object of a size, or no matched mask.
 
     AR@k = mean over IoU 0.5, 0.55 ... 0.95 of recall with the k masks of the highest score of each image. AP = area
     under precision over recall (101 points), mean over the same IoU; up to 1000 masks an image. An image without masks
     counts: its objects are missed. `false_positives`: masks an image that match no object at IoU 0.5, one to one;
-    `f1` = 2 matched / (masks + objects), over all images together.
+    `f1` = 2 matched / (masks + objects), over all images together. As in COCO, a mask that lies in a crowd region and
+    matches no object does not count.
 
     Raises:
         DataError: there are no objects.
@@ -135,9 +160,10 @@ def summarize_masks(images: Sequence[Overlaps]) -> dict[str, Any]:
         raise DataError("evaluation: there is no object to score; `samlet check-data` says what was found")
     plain, edges = (_evaluate(images, kind) for kind in ("iou", "boundary_iou"))
     areas = np.concatenate([image.object_area for image in images])
-    matched = [match(_most_trusted(image).iou) for image in images]
+    trusted = [_most_trusted(image) for image in images]
+    matched = [match(image.iou) for image in trusted]
     found = np.concatenate([one.iou for one in matched])
-    masks = sum(min(len(image.scores), MAX_MASKS[-1]) for image in images)
+    masks = sum(count_judged(image.in_crowd, one) for image, one in zip(trusted, matched, strict=True))
     return {
         "images": len(images),
         "objects": len(areas),
@@ -183,16 +209,17 @@ class _Evaluation(COCOeval):  # type: ignore[misc]
             self._gts[number, 1] = [
                 {"id": 1 + place, "area": int(area), "ignore": 0, "iscrowd": 0}
                 for place, area in enumerate(image.object_area)
-            ]
+            ] + [{"id": 1 + len(image.object_area), "area": 0, "ignore": 1, "iscrowd": 1}]
             self._dts[number, 1] = [
                 {"id": 1 + place, "area": int(area), "score": float(score)}
                 for place, (area, score) in enumerate(zip(image.mask_area, image.scores, strict=True))
             ]
 
-    def computeIoU(self, imgId: int, catId: int) -> Float64[np.ndarray, "M O"]:  # noqa: N802 - COCOeval's name
-        """The overlaps of an image, the masks sorted as COCOeval sorts them."""
+    def computeIoU(self, imgId: int, catId: int) -> Float64[np.ndarray, "M O+1"]:  # noqa: N802 - COCOeval's name
+        """The overlaps of an image with its objects and its crowd, the masks sorted as COCOeval sorts them."""
         image = self._images[imgId]
-        table: Float64[np.ndarray, "M O"] = getattr(image, self._kind)[_by_score(image)]
+        table: Float64[np.ndarray, "M O+1"] = np.column_stack([getattr(image, self._kind), image.in_crowd])
+        table = table[_by_score(image)]
         return table
 
 
@@ -231,6 +258,7 @@ def _most_trusted(image: Overlaps) -> Overlaps:
     return image._replace(
         iou=image.iou[kept],
         boundary_iou=image.boundary_iou[kept],
+        in_crowd=image.in_crowd[kept],
         scores=image.scores[kept],
         mask_area=image.mask_area[kept],
     )

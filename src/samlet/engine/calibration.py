@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from samlet.models import Sam
 
 BINS = 10
+ANSWERS = 3  # masks of a click
 GRID_SIDE = 8  # points a side of the grid; with the objects' centres, these are what is asked
 COLUMNS = 4
 
@@ -44,11 +45,13 @@ def ask(sam: Sam, item: EvalImage, grid_side: int = GRID_SIDE) -> Guesses:
     """The three masks of each point of a grid over an image and of each object's centre.
 
     The best fit is over all objects of the image: a mask that belongs to no object has the actual IoU 0, wherever its
-    point lies. `sam` is left as it was.
+    point lies. Points of the grid in crowd regions are not asked. `sam` is left as it was.
     """
-    points = np.concatenate([grid_points((item.image.shape[0], item.image.shape[1]), grid_side), item.points])
+    grid = grid_points((item.image.shape[0], item.image.shape[1]), grid_side)
+    in_crowd = objects_under(grid, list(item.crowds)).any(axis=0)
+    points = np.concatenate([grid[~in_crowd], item.points])
     on_object = objects_under(points, list(item.masks)).any(axis=0)
-    predicted, actual = [], []
+    predicted, actual = [np.zeros(0)], [np.zeros(0)]
     with unchanged_in_eval_mode(sam):
         predictor = Predictor(sam)
         predictor.set_image(item.image)
@@ -58,9 +61,7 @@ def ask(sam: Sam, item: EvalImage, grid_side: int = GRID_SIDE) -> Guesses:
             masks, iou = _decode(predictor, points[start : start + chunk])
             predicted.append(iou.flatten().cpu().numpy())
             actual.append(_best_fit(masks.flatten(0, 1), truth))
-    return Guesses(
-        np.concatenate(predicted).astype(np.float64), np.concatenate(actual), np.repeat(on_object, masks.shape[1])
-    )
+    return Guesses(np.concatenate(predicted), np.concatenate(actual), np.repeat(on_object, ANSWERS))
 
 
 def grid_points(size: tuple[int, int], side: int) -> Float32[np.ndarray, "P 2"]:

@@ -95,7 +95,7 @@ def measure_image(generator: AutomaticMaskGenerator, sam: Sam, item: EvalImage) 
     masks = generator.find(item.image)
     seconds = time.perf_counter() - began
     return {
-        **overlaps(masks.rles, masks.predicted_iou, item.masks)._asdict(),
+        **overlaps(masks.rles, masks.predicted_iou, item.masks, item.crowds)._asdict(),
         **ask(sam, item)._asdict(),
         "seconds": np.array(seconds),
         "rles": np.frombuffer(json.dumps(list(masks.rles)).encode(), np.uint8),

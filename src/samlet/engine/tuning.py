@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from samlet.artefacts import write_file
-from samlet.engine.automatic_evaluation import HIT, IOU_THRESHOLDS, MAX_MASKS, encode, f1, match, pairwise_iou
+from samlet.data.dataset import NO_REGIONS
+from samlet.engine.automatic_evaluation import (
+    HIT,
+    IOU_THRESHOLDS,
+    MAX_MASKS,
+    Matches,
+    count_judged,
+    encode,
+    f1,
+    match,
+    pairwise_iou,
+    share_in,
+)
 from samlet.engine.curves import FAINT, PAPER, save_figure, style
 from samlet.models.amg.boxes import nms
 
@@ -32,6 +44,7 @@ class Candidates(NamedTuple):
     predicted: Float64[np.ndarray, "M"]
     stability: Float64[np.ndarray, "M"]  # NaN: kept by the threshold 0 alone
     iou: Float64[np.ndarray, "M O"]
+    in_crowd: Float64[np.ndarray, "M"]  # share of the mask that lies in a crowd region
 
 
 class Sweep(NamedTuple):
@@ -53,7 +66,9 @@ class Cell(NamedTuple):
     column: int
 
 
-def candidates(masks: AutomaticMasks, truth: Bool[np.ndarray, "O H W"]) -> Candidates:
+def candidates(
+    masks: AutomaticMasks, truth: Bool[np.ndarray, "O H W"], crowds: Bool[np.ndarray, "K H W"] = NO_REGIONS
+) -> Candidates:
     """What the sweep needs of an image's unfiltered masks."""
     corners = np.concatenate([masks.boxes[:, :2], masks.boxes[:, :2] + masks.boxes[:, 2:]], axis=1)
     return Candidates(
@@ -61,6 +76,7 @@ def candidates(masks: AutomaticMasks, truth: Bool[np.ndarray, "O H W"]) -> Candi
         predicted=masks.predicted_iou.astype(np.float64),
         stability=masks.stability_score.astype(np.float64),
         iou=pairwise_iou(masks.rles, [encode(mask) for mask in truth]),
+        in_crowd=share_in(masks.rles, [encode(region) for region in crowds]),
     )
 
 
@@ -82,9 +98,12 @@ def sweep(
             kept = _survivors(image, least, box_nms_thresh)
             counts = [_over(image.predicted[kept], threshold) for threshold in predicted]
             hits = np.concatenate([np.zeros(1), np.cumsum(_hits(image.iou[kept]).mean(axis=0))])
-            masks[row] += counts
+            found = [_matches(image.iou[kept[:count]]) for count in counts]
+            masks[row] += [
+                count_judged(image.in_crowd[kept[:count]], one) for count, one in zip(counts, found, strict=True)
+            ]
             recalled[row] += hits[counts]
-            matched[row] += [len(match(_near(image.iou[kept[:count]])).iou) for count in counts]
+            matched[row] += [len(one.iou) for one in found]
     objects = sum(image.iou.shape[1] for image in images)
     scores = [
         [f1(hit, all_, objects) for hit, all_ in zip(*pair, strict=True)] for pair in zip(matched, masks, strict=True)
@@ -156,10 +175,11 @@ def _over(predicted: Float64[np.ndarray, "N"], threshold: float) -> int:
     return int((predicted > threshold).sum()) if threshold > 0 else len(predicted)
 
 
-def _near(iou: Float[np.ndarray, "N O"]) -> Float[np.ndarray, "n O"]:
-    """The rows that can match anything at all."""
-    near: Float[np.ndarray, "n O"] = iou[(iou >= HIT).any(axis=1)]
-    return near
+def _matches(iou: Float64[np.ndarray, "N O"]) -> Matches:
+    """As `match`, which is slow where most rows can match nothing."""
+    near = np.flatnonzero((iou >= HIT).any(axis=1))
+    found = match(iou[near])
+    return found._replace(masks=near[found.masks])
 
 
 def _hits(iou: Float[np.ndarray, "N O"]) -> Float64[np.ndarray, "T N"]:

@@ -176,7 +176,7 @@ def markdown(report: dict[str, Any]) -> str:
 def _sheet_rows(measured: Mapping[str, Measured], images: ValidationSet) -> Iterable[Any]:
     import numpy as np
 
-    from samlet.engine.automatic_evaluation import decode, f1, match, overlaps
+    from samlet.engine.automatic_evaluation import count_judged, decode, f1, match, overlaps
     from samlet.engine.mask_sheet import SheetRow
     from samlet.engine.overlays import TRUTH
 
@@ -186,8 +186,10 @@ def _sheet_rows(measured: Mapping[str, Measured], images: ValidationSet) -> Iter
         for name, one in measured.items():
             rles = one.shown[index]
             columns[name] = np.array([decode(rle) for rle in rles], np.bool_).reshape(-1, *item.image.shape[:2])
-            found = match(overlaps(rles, np.zeros(len(rles)), item.masks).iou)
-            notes[name] = f"F1 {100 * f1(len(found.iou), len(rles), len(item.masks)):.0f}"
+            common = overlaps(rles, np.zeros(len(rles)), item.masks, item.crowds)
+            found = match(common.iou)
+            judged = count_judged(common.in_crowd, found)
+            notes[name] = f"F1 {100 * f1(len(found.iou), judged, len(item.masks)):.0f}"
         yield SheetRow(item.image_id, item.image, columns, notes)
 
 

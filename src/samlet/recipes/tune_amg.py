@@ -116,7 +116,7 @@ def collect(
     generator = AutomaticMaskGenerator.of(sam, every)
 
     def found_in(item: EvalImage) -> Candidates:
-        arrays = kept.of(item, lambda: candidates(generator.find(item.image), item.masks)._asdict())
+        arrays = kept.of(item, lambda: candidates(generator.find(item.image), item.masks, item.crowds)._asdict())
         return Candidates(*(arrays[name] for name in Candidates._fields))
 
     with unchanged_in_eval_mode(sam):

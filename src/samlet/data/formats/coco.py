@@ -1,4 +1,4 @@
-"""COCO instances: one JSON a split with polygons or runs; crowd regions are left out and counted.
+"""COCO instances: one JSON a split with polygons or runs; crowd regions are counted, and kept apart from objects.
 
 The JSON is `<split>.json` beside the split's folder, any single COCO file in that folder, or lies in
 `annotations/`, also as `instances_<split>*.json`; image files are looked up by `file_name` in the usual folders
@@ -21,6 +21,7 @@ from samlet.data.formats.mask_folders import IMAGES
 from samlet.data.images import contained
 from samlet.data.records import (
     Found,
+    OpenMasks,
     Record,
     entry,
     first_folder,
@@ -229,9 +230,22 @@ class _Reader:
     def _record(self, image_id: str, path: Path, image: dict[str, Any], items: list[dict[str, Any]]) -> Record:
         written = image.get("height"), image.get("width")
         alone = [item for item in items if not item.get("iscrowd")]
-        sound = [(f"{self.file}: annotation {item.get('id')}", item["segmentation"]) for item in alone]
-        opened = partial(open_segmentations, tuple(sound), written) if sound else None
-        return Record(image_id, path, opened, is_complete=len(alone) == len(items))
+        crowds = [item for item in items if item.get("iscrowd") and self._is_sound(item.get("segmentation"), written)]
+        return Record(
+            image_id,
+            path,
+            open_masks=self._opened(alone, written),
+            is_complete=len(alone) + len(crowds) == len(items),
+            open_crowds=self._opened(crowds, written),
+        )
+
+    def _opened(self, items: list[dict[str, Any]], written: tuple[Any, Any]) -> OpenMasks | None:
+        named = [(f"{self.file}: annotation {item.get('id')}", item["segmentation"]) for item in items]
+        return partial(open_segmentations, tuple(named), written) if named else None
+
+    def _is_sound(self, segmentation: Any, written: tuple[Any, Any]) -> bool:
+        height, width = written
+        return isinstance(height, int) and isinstance(width, int) and flaw(segmentation, (height, width)) is None
 
     def _by_image(self) -> dict[Any, list[dict[str, Any]]]:
         """Sound annotations by the id of their image; flaws and crowd regions are noted."""
@@ -255,7 +269,9 @@ class _Reader:
                 by_image.setdefault(item["image_id"], []).append(item)
                 counts["category"] += bool(self.categories) and item.get("category_id") not in self.categories
         if counts["crowd"]:
-            self.found.warn(self.file, f"{counts['crowd']} crowd region(s) are not used")
+            self.found.warn(
+                self.file, f"{counts['crowd']} crowd region(s) are no objects; what is found there is not judged"
+            )
         if counts["category"]:
             self.found.warn(self.file, f"{counts['category']} annotation(s) name a category that is not listed")
         return by_image
