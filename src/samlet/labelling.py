@@ -20,6 +20,7 @@ from samlet.engine.progress import image_bar
 from samlet.engine.shard_loop import ImageCount
 from samlet.errors import ConfigError, DataError
 from samlet.models import load_sam
+from samlet.models.amg import AmgSettings, tuned_settings
 from samlet.stores import COMMAND, facts_of, refuse_other_making
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ def label_by_teacher(
     labelled = with_masks(config, data, kept)
     count = sum(masks.number_of_masks for masks in kept.values())
     accelerator.print(
-        f"{config.mask_source.name}: {count} automatic masks on {len(kept)} images ({config.mask_teacher.method}); "
+        f"{config.mask_source.name}: {count} automatic masks on {len(kept)} images ({config.mask_teacher.method}, "
+        f"pred_iou_thresh {facts.settings['pred_iou_thresh']:g}, "
+        f"stability_score_thresh {facts.settings['stability_score_thresh']:g}); "
         f"{labelled.num_labelled} of {len(labelled)} images have objects"
     )
     masks_sha256 = digest(sorted((image_id, masks.digest) for image_id, masks in kept.items()))
@@ -149,16 +152,28 @@ def mask_teacher(config: RunConfig) -> Sam:
     return load_sam(teacher.checkpoint, image_size=teacher.image_size or config.model.image_size)
 
 
+def search_settings(config: RunConfig) -> AmgSettings:
+    """How masks are searched for: thresholds that the configuration leaves open are those tuned for the teacher.
+
+    Raises:
+        SamletError: the tuned ones are damaged, or belong to other weights or another input size.
+    """
+    teacher, masks, tuned = config.mask_source, config.mask_teacher, None
+    if masks.leaves_thresholds_open and teacher.checkpoint is not None:
+        tuned = tuned_settings(teacher.checkpoint, teacher.image_size or config.model.image_size)
+    return masks.generator(tuned)
+
+
 def facts_of_masks(config: RunConfig, sam: Sam) -> MaskFacts:
     """What the automatic masks of a model depend on, as the configuration wants them."""
-    return MaskFacts.of(*facts_of(sam), sam.image_size, config.mask_teacher.generator())
+    return MaskFacts.of(*facts_of(sam), sam.image_size, search_settings(config))
 
 
 def generator_of(config: RunConfig, sam: Sam) -> Find:
     """What finds the masks of one image, always in float32."""
     from samlet.models.amg import AutomaticMaskGenerator
 
-    generator = AutomaticMaskGenerator.of(sam, config.mask_teacher.generator())
+    generator = AutomaticMaskGenerator.of(sam, search_settings(config))
     return generator.find
 
 
@@ -172,7 +187,7 @@ def items_of(records: Iterable[Record], folder: Path) -> dict[str, ImageToMask]:
 
 
 def stored_labels(config: RunConfig) -> StoredLabels:
-    """The masks of the teacher's store; any weights will do where the configuration names none.
+    """The masks of the teacher's store; any weights will do where the configuration names none, and their thresholds.
 
     Raises:
         SamletError: there are no masks to ask, or the checkpoint cannot be used.
@@ -185,9 +200,8 @@ def stored_labels(config: RunConfig) -> StoredLabels:
         raise DataError(f"{root}: holds no automatic masks yet; run {COMMAND}")
     found = _repairable(read_masks, any_file).facts
     image_size = config.mask_source.image_size or config.model.image_size
-    return StoredLabels(
-        root, MaskFacts.of(found.teacher_kind, found.teacher_sha256, image_size, config.mask_teacher.generator())
-    )
+    settings = config.mask_teacher.generator(AmgSettings.from_dict(found.settings))
+    return StoredLabels(root, MaskFacts.of(found.teacher_kind, found.teacher_sha256, image_size, settings))
 
 
 def stored_masks(labels: StoredLabels, data: SegmentationDataset) -> dict[str, Kept]:

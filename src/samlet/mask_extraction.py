@@ -21,7 +21,15 @@ from samlet.distill.kept_masks import FOLDER
 from samlet.engine.automatic_masks import Asked, ImageToMask, compute, look
 from samlet.errors import DataError
 from samlet.extraction import ShardName
-from samlet.labelling import StoredLabels, facts_of_masks, generator_of, items_of, mask_teacher, training_images
+from samlet.labelling import (
+    StoredLabels,
+    facts_of_masks,
+    generator_of,
+    items_of,
+    mask_teacher,
+    search_settings,
+    training_images,
+)
 
 IMAGES_PER_SHARD = 8  # seconds each, so that a few make a piece of work worth a lease
 
@@ -33,7 +41,12 @@ def mask_job_of(config: RunConfig, store: Path, shards: Sequence[ShardName] | No
     plain["dataset"]["root"] = str(config.dataset.root.absolute())
     checkpoint = None if teacher.checkpoint is None else str(teacher.checkpoint.absolute())
     plain["teachers"] = [{**teacher.model_dump(mode="json"), "checkpoint": checkpoint}]
-    plain["mask_teacher"]["teacher"] = None
+    thresholds = search_settings(config)  # so that no worker looks for tuned ones of its own
+    plain["mask_teacher"] |= {
+        "teacher": None,
+        "pred_iou_thresh": thresholds.pred_iou_thresh,
+        "stability_score_thresh": thresholds.stability_score_thresh,
+    }
     return json.dumps({"config": plain, "store": str(store.absolute()), "shards": shards})
 
 

@@ -27,9 +27,9 @@ from samlet.engine import automatic_masks
 from samlet.engine.device import build_accelerator
 from samlet.engine.facts import facts_of_start
 from samlet.engine.run_dir import RunDir
-from samlet.errors import ConfigError, DataError
-from samlet.labelling import label_by_teacher, training_images
-from samlet.models.amg import AutomaticMasks
+from samlet.errors import ConfigError, DataError, SamletError
+from samlet.labelling import label_by_teacher, search_settings, training_images
+from samlet.models.amg import AmgSettings, AutomaticMasks, save_tuned
 from samlet.recipes.doctor import examine
 from samlet.recipes.extract import extract
 from samlet.recipes.store import verify
@@ -408,3 +408,33 @@ def test_kept_masks_say_what_they_were_made_with(made: tuple[Path, Path], tmp_pa
     kept = read_masks(next((tmp_path / "run" / "automatic_masks").iterdir()))
     assert kept.facts.settings == {**kept.facts.settings, **GRID, "fast": False, "box_nms_thresh": 0.9}
     assert kept.facts.image_size == 64
+
+
+def test_thresholds_tuned_for_the_teacher_are_used_unless_said_otherwise(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher.pth"
+    shutil.copy(made[1], teacher)
+    left_open = {"pred_iou_thresh": None, "stability_score_thresh": None}
+
+    def thresholds(config: RunConfig) -> tuple[float, float]:
+        settings = search_settings(config)
+        return settings.pred_iou_thresh, settings.stability_score_thresh
+
+    config = config_of(made[0], teacher, tmp_path / "run", mask_teacher=left_open)
+    assert thresholds(config) == (0.88, 0.95)
+    save_tuned(teacher, AmgSettings(pred_iou_thresh=0.0, stability_score_thresh=0.25, points_per_side=7), image_size=64)
+    assert thresholds(config) == (0.0, 0.25)
+    assert search_settings(config).points_per_side == 3
+    said = config_of(made[0], teacher, tmp_path / "run", mask_teacher={**left_open, "stability_score_thresh": 0.5})
+    assert thresholds(said) == (0.0, 0.5)
+    ahead = stored(made[0], teacher, tmp_path / "run", tmp_path / "stores", mask_teacher=left_open)
+    assert extract(ahead) == 0
+    assert any(objects(labelled(ahead)).values())
+    kept = read_masks(next((tmp_path / "stores" / "T" / FOLDER / "train").iterdir()))
+    assert kept.facts.settings["stability_score_thresh"] == 0.25
+    nameless = stored(*made, tmp_path / "other", tmp_path / "stores", teachers=[{"name": "T"}], mask_teacher=left_open)
+    assert equal(objects(labelled(nameless)), objects(labelled(ahead)))
+    save_tuned(teacher, AmgSettings(), image_size=32)
+    with pytest.raises(SamletError, match="was tuned at an image size of 32, and 64 is asked for"):
+        labelled(config)

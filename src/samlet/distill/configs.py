@@ -102,10 +102,11 @@ class MaskTeacherConfig(StrictModel):
     and keep them in output_dir; null: as that teacher's features."""
     points_per_side: int = Field(32, ge=1)
     """The teacher is asked at a grid of so many points on each side."""
-    pred_iou_thresh: Annotated[float, Field(ge=0, le=1)] = 0.88
-    """Masks that the teacher itself rates below this IoU are dropped."""
-    stability_score_thresh: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """Masks that change more than this when their threshold moves are dropped."""
+    pred_iou_thresh: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Masks that the teacher itself rates below this IoU are dropped; null: below what `samlet tune-amg` found for this
+    teacher, else SAM's 0.88."""
+    stability_score_thresh: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Masks that change more than this when their threshold moves are dropped; null: likewise, else SAM's 0.95."""
     box_nms_thresh: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Of two masks whose boxes overlap by more than this IoU the better one stays."""
     crop_n_layers: int = Field(0, ge=0, le=4)
@@ -117,12 +118,19 @@ class MaskTeacherConfig(StrictModel):
     fast: bool = True
     """The fast search (fewer points where the teacher is sure); false: the plain one, point by point."""
 
-    def generator(self) -> AmgSettings:
-        """The settings of the mask generator."""
+    @property
+    def leaves_thresholds_open(self) -> bool:
+        """Whether one of them is whatever was tuned."""
+        return self.pred_iou_thresh is None or self.stability_score_thresh is None
+
+    def generator(self, tuned: AmgSettings | None = None) -> AmgSettings:
+        """The settings of the mask generator; thresholds that are left open are `tuned` ones, else SAM's."""
         from samlet.models.amg import AmgSettings
 
         ours = {"enable", "method", "iou_threshold", "teacher", "precomputed"}
-        return AmgSettings(**{name: getattr(self, name) for name in type(self).model_fields if name not in ours})
+        given = {name: getattr(self, name) for name in type(self).model_fields if name not in ours}
+        otherwise = (tuned or AmgSettings()).as_dict()
+        return AmgSettings(**{name: otherwise[name] if value is None else value for name, value in given.items()})
 
 
 class DynamicLambdaConfig(StrictModel):
