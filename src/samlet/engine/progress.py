@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -57,8 +58,11 @@ class StepProgress:
 
 
 def image_bar() -> Progress:
-    """A bar over images with an ETA, one task for each thing that is measured; nothing where there is no terminal."""
-    console = Console(stderr=True)
+    """A bar over images with an ETA, one task for each thing that is measured; nothing without a terminal.
+
+    Of several processes only the first shows anything.
+    """
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),

@@ -122,7 +122,6 @@ class ImageCount:
     def __init__(self, total: int | None, what: str = "extract") -> None:
         self.total, self.done = total, 0
         self._bar = image_bar()
-        self._bar.console.quiet = os.environ.get("RANK", "0") != "0"
         self._task = self._bar.add_task(what, total=total)
         self._began = self._last_line = time.monotonic()
         self._said = ""
