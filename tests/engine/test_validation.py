@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from samlet.data.configs import RetentionConfig
+from samlet.config import RunConfig
+from samlet.data.configs import DatasetConfig, RetentionConfig
 from samlet.data.dataset import ValidationSet
 from samlet.engine.checkpoint import TrainerState
-from samlet.engine.configs import ValidationConfig
-from samlet.engine.validation import ForgettingGuard, validate
+from samlet.engine.configs import EverythingValidationConfig, ValidationConfig
+from samlet.engine.everything import measure_everything
+from samlet.engine.kept_measurements import KeptMeasurements
+from samlet.engine.validation import ForgettingGuard, describe_everything, validate, validate_everything
 from samlet.errors import ConfigError, DataError
 from samlet.models import load_sam
+from samlet.models.amg import AmgSettings
 from samlet.schema import load_config
-from tests.tiny import IMAGE_SIZE, STUDENT, write_scenes, write_teacher
+from tests.tiny import IMAGE_SIZE, STUDENT, add_found_objects, write_scenes, write_teacher
 
 
 def guard(max_drop: float | None) -> ForgettingGuard:
@@ -81,3 +85,38 @@ def test_a_bound_needs_a_set_and_a_set_a_root(tmp_path: Path) -> None:
         load_config(ValidationConfig, path)
     assert "retention.root: no such file" in str(caught.value)
     assert "retention.split: unknown key" in str(caught.value)
+
+
+def test_automatic_masks_are_measured_as_evaluate_does(tmp_path: Path) -> None:
+    checkpoint = write_teacher(tmp_path / "s.pt", kind="vit_t", **STUDENT)
+    scenes = add_found_objects(write_scenes(tmp_path / "scenes", train=1, val=3), checkpoint)
+    student = load_sam(checkpoint, image_size=IMAGE_SIZE).train()
+    images = DatasetConfig(root=scenes).build_val(seed=0)
+    config = EverythingValidationConfig(points_per_side=3, max_images=2)
+    metrics = validate_everything(student, images, Accelerator(cpu=True), config)
+    assert student.training
+    every = AmgSettings(points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, fast=False)
+    measured = measure_everything(
+        student, images, every, indices=range(2), kept=KeptMeasurements(tmp_path / "kept", {})
+    )
+    assert 0 < metrics["everything_ar"] == measured.scores["ar"]["1000"]
+    assert metrics["everything_ap"] == measured.scores["ap"]
+    assert metrics["everything_ece"] == measured.calibration["ece"]
+    whole = validate_everything(student, images, Accelerator(cpu=True), config.model_copy(update={"max_images": None}))
+    assert whole != metrics
+    assert describe_everything(metrics).startswith(f", everything AR {metrics['everything_ar']:.4f}, calibration error")
+    assert describe_everything({"point_miou": 0.5}) == ""
+
+
+def test_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("dataset: {root: .}\nvalidation: {metric: everything_ar}\n")
+    with pytest.raises(ConfigError, match=r"c.yaml:2: validation\.metric: everything_ar is not measured; add"):
+        load_config(RunConfig, config)
+    config.write_text("dataset: {root: .}\nvalidation: {metric: everything_ar, everything: {}}\n")
+    block = load_config(RunConfig, config).validation
+    assert block.everything == EverythingValidationConfig(points_per_side=16, max_images=8)
+    scenes = write_scenes(tmp_path / "scenes", train=1, val=1)
+    found = ForgettingGuard.of(block.model_copy(update={"retention": RetentionConfig(root=scenes)}))
+    assert found is not None
+    assert found.metric == "mean_miou"

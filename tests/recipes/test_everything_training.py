@@ -24,7 +24,7 @@ from samlet.types import Batch, ImageFeatures, Prompts
 from tests.distill.scenes import counts_of, make_student
 from tests.recipes.test_resume import weather
 from tests.recipes.test_train_processes import run_in_two
-from tests.tiny import IMAGE_SIZE, tiny_config, write_scenes, write_teacher
+from tests.tiny import IMAGE_SIZE, STUDENT, tiny_config, write_scenes, write_teacher
 
 EVERYTHING: dict[str, Any] = {
     "dataset": {"mode": "everything", "grid_points": 6, "labelled_fraction": 0.5, "unlabelled": "use"},
@@ -97,8 +97,36 @@ def test_stored_features_and_kept_embeddings_are_the_same_training(
         torch.testing.assert_close(found[1][key], value, rtol=0, atol=1e-5)
 
 
+def test_with_adapters_the_best_is_the_best_at_automatic_masks(
+    scenes: Path, tmp_path: Path, teaching: dict[str, Any]
+) -> None:
+    config = tiny_config(
+        scenes,
+        tmp_path / "run",
+        **{**EVERYTHING, **teaching},
+        model={"kind": "vit_t", "image_size": IMAGE_SIZE, "encoder": STUDENT, "lora": {"rank": 2}},
+        training={"max_steps": 4, "learning_rate": 5e-3},
+        validation={"every_steps": 1, "metric": "everything_ar", "everything": {"points_per_side": 4}},
+    )
+    assert train(config) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if line["split"] == "val"]
+    assert len({line["everything_ece"] for line in measured}) == 4
+    assert all(0 <= line["everything_ar"] <= 1 and "everything_ap" in line for line in measured)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    best = max(measured, key=lambda line: line["everything_ar"])  # the first of equals
+    assert (facts["best"], facts["best_step"]) == (best["everything_ar"], best["step"])
+
+
 def test_the_doctor_examines_it(scenes: Path, tmp_path: Path, teaching: dict[str, Any]) -> None:
-    config = tiny_config(scenes, tmp_path, **EVERYTHING, **teaching, training={"prompts_per_chunk": 9, "max_steps": 2})
+    config = tiny_config(
+        scenes,
+        tmp_path,
+        **EVERYTHING,
+        **teaching,
+        training={"prompts_per_chunk": 9, "max_steps": 2},
+        validation={"everything": {"points_per_side": 4}},
+    )
     report = examine(config, tmp_path / "place")
     (stage,) = report["stages"]
     milliseconds = stage["milliseconds"]

@@ -113,12 +113,20 @@ def test_two_processes_share_the_search_for_automatic_masks_and_learn_from_all(
             "pred_iou_thresh": 0.0,
             "stability_score_thresh": 0.0,
         },
+        "validation": {
+            **settings.get("validation", {}),
+            "metric": "everything_ar",
+            "everything": {"points_per_side": 3, "max_images": 3},
+        },
     }
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert train(tiny_config(scenes, alone, **everything)) == 0
     run_in_two(scenes, shared, **everything)
     facts = [json.loads((run / "run.json").read_text())["mask_teacher"] for run in (alone, shared)]
     assert facts[0] == facts[1]
+    rows = [json.loads((run / "best" / "metrics.json").read_text()) for run in (alone, shared)]
+    assert [row["everything_ece"] for row in rows] == pytest.approx([rows[0]["everything_ece"]] * 2, abs=1e-3)
+    assert [row["everything_ar"] for row in rows] == pytest.approx([rows[0]["everything_ar"]] * 2, abs=0.02)
     one, two = (load_file(run / "student.safetensors") for run in (alone, shared))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)

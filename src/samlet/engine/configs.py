@@ -11,7 +11,7 @@ from samlet.data.configs import RetentionConfig
 from samlet.schema import Loc, StrictModel
 
 Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]
-Metric = Literal["point_miou", "box_miou", "mean_miou"]
+Metric = Literal["point_miou", "box_miou", "mean_miou", "everything_ar"]
 
 
 class TrainingConfig(StrictModel):
@@ -73,6 +73,15 @@ class TrainingConfig(StrictModel):
             yield ("freeze",), "freezes the whole student for ever; leave a part out, or set unfreeze_epoch"
 
 
+class EverythingValidationConfig(StrictModel):
+    """Automatic masks, measured at every validation: plain search, whatever their score, without duplicates."""
+
+    points_per_side: int = Field(16, ge=1)
+    """Clicks along each side of the grid over an image."""
+    max_images: int | None = Field(8, ge=1)
+    """The first n images only; null: all."""
+
+
 class ValidationConfig(StrictModel):
     """When to measure, what decides, and when to give up."""
 
@@ -81,24 +90,30 @@ class ValidationConfig(StrictModel):
     every_steps: int | None = Field(None, ge=1)
     """Validate every n optimizer steps in place of epochs."""
     metric: Metric = "mean_miou"
-    """What the best checkpoint is best at; mean_miou is the mean of point and box mIoU."""
+    """What the best checkpoint is best at; mean_miou is the mean of point and box mIoU, everything_ar the average
+    recall of automatic masks, which validation.everything measures."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many validations without a new best; null: never."""
     max_images: int | None = Field(None, ge=1)
     """Validate on the first n images only; null: all."""
     overlays: int = Field(4, ge=0)
     """Validation images drawn at every validation: image, prompt, ground truth, teacher, student."""
+    everything: EverythingValidationConfig | None = None
+    """Measure automatic masks as well (points_per_side, max_images): everything_ar (AR@1000), everything_ap and
+    everything_ece, the calibration error of their scores; {} is 16 x 16 points on 8 images; null: not."""
     retention: RetentionConfig | None = None
     """Forgetting guard: a second data set (root, val, format, max_images, broken) measured before the first step and at
     every validation; null: none."""
     max_retention_drop: float | None = Field(None, ge=0, le=1)
-    """A checkpoint whose `metric` on the retention set fell by more than this (0.02: two points) since before the first
-    step is not kept as the best; null: it is only watched."""
+    """A checkpoint whose `metric` on the retention set (mean_miou where that is everything_ar) fell by more than this
+    (0.02: two points) since before the first step is not kept as the best; null: it is only watched."""
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
-        """A guard with nothing to guard."""
+        """A guard with nothing to guard, a best that nobody measures."""
         if self.max_retention_drop is not None and self.retention is None:
             yield ("max_retention_drop",), "has nothing to compare with; name a data set in validation.retention"
+        if self.metric == "everything_ar" and self.everything is None:
+            yield ("metric",), "everything_ar is not measured; add `everything: {}` to validation"
 
 
 class CheckpointConfig(StrictModel):

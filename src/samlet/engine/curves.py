@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PLACE = ("step", "epoch", "split", "stage")
 PLAIN = ("lr", "lambda")  # drawn as they are: they follow a rule, not a loss
-SCORES = {"_miou": "mIoU", "_mdice": "mDice"}
+SCORES = {"_miou": "mIoU", "_mdice": "mDice", "_ar": "AR@1000"}
 RETENTION = "retention/"  # metrics of what should not be forgotten
 COLUMNS = 4
 WIDE_RANGE = 30.0  # largest by smallest value from which a logarithmic axis is easier to read

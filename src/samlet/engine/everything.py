@@ -77,8 +77,9 @@ def measure_everything(
             item = images.item(index)
             found = kept.of(item, lambda item=item: measure_image(generator, sam, item))  # type: ignore[misc]
             seconds += float(found["seconds"])
-            scored.append(Overlaps(*(found[name] for name in Overlaps._fields)))
-            guesses.append(Guesses(*(found[name] for name in Guesses._fields)))
+            common, said = parts_of(found)
+            scored.append(common)
+            guesses.append(said)
             if index in shown:
                 drawn[index] = json.loads(found["rles"].tobytes())
             if on_image is not None:
@@ -87,6 +88,12 @@ def measure_everything(
         raise DataError("evaluation: there is no image to measure")
     calibration = summarize_calibration(join_guesses(guesses))
     return Measured(summarize_masks(scored), calibration, seconds / len(scored), drawn)
+
+
+def parts_of(found: Arrays) -> tuple[Overlaps, Guesses]:
+    """What `measure_image` found, less the masks themselves."""
+    common = Overlaps(*(found[name] for name in Overlaps._fields))
+    return common, Guesses(*(found[name] for name in Guesses._fields))
 
 
 def measure_image(generator: AutomaticMaskGenerator, sam: Sam, item: EvalImage) -> Arrays:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from samlet.distill.teacher import LiveTeacher
+from samlet.engine.automatic_evaluation import MAX_MASKS, Overlaps, summarize_masks
+from samlet.engine.calibration import Guesses, join_guesses, summarize_calibration
 from samlet.engine.curves import RETENTION
 from samlet.engine.evaluation import (
     Click,
@@ -19,8 +22,10 @@ from samlet.engine.evaluation import (
     join_scores,
     unchanged_in_eval_mode,
 )
+from samlet.engine.everything import measure_image, parts_of
 from samlet.engine.overlays import TRUTH, DrawnPrompts, save_overlay
 from samlet.engine.processes import gathered
+from samlet.models.amg import AmgSettings, AutomaticMaskGenerator
 from samlet.types import POSITIVE
 
 if TYPE_CHECKING:
@@ -30,9 +35,10 @@ if TYPE_CHECKING:
     from samlet.data.dataset import EvalImage, ValidationSet
     from samlet.distill.teacher import TeacherTeam
     from samlet.engine.checkpoint import TrainerState
-    from samlet.engine.configs import Metric, ValidationConfig
+    from samlet.engine.configs import EverythingValidationConfig, Metric, ValidationConfig
     from samlet.models.sam import Sam
 
+EVERYTHING = "everything_"  # metrics of automatic masks
 MOST_OBJECTS = 12  # drawn in one image, the largest ones
 
 
@@ -52,7 +58,8 @@ class ForgettingGuard(NamedTuple):
             DataError: its data set cannot be used.
         """
         kept = config.retention
-        return None if kept is None else cls(kept.build(), kept.max_images, config.metric, config.max_retention_drop)
+        metric: Metric = "mean_miou" if config.metric == "everything_ar" else config.metric
+        return None if kept is None else cls(kept.build(), kept.max_images, metric, config.max_retention_drop)
 
     def measure(self, student: Sam, accelerator: Accelerator) -> dict[str, float]:
         """Metrics on the retention set, as `retention/point_miou` and so on."""
@@ -89,6 +96,43 @@ def validate(
     scores = join_scores(gathered([evaluate_sam(student, val_set, indices=own)], accelerator))
     metrics = headline(scores)
     return {**metrics, "mean_miou": (metrics["point_miou"] + metrics["box_miou"]) / 2}
+
+
+def validate_everything(
+    student: Sam, val_set: ValidationSet, accelerator: Accelerator, config: EverythingValidationConfig
+) -> dict[str, float]:
+    """AR@1000 and AP of automatic masks, and the calibration error of their scores; each process every n-th image.
+
+    No mask is left out for its score, so that thresholds which suit one student more than another play no part.
+
+    Raises:
+        DataError: there is no object on these images.
+    """
+    count = min(len(val_set), config.max_images or len(val_set))
+    own = range(accelerator.process_index, count, accelerator.num_processes)
+    found = zip(own, search_unfiltered(student, val_set, own, config.points_per_side), strict=True)
+    parts = [part for _, part in sorted(gathered(list(found), accelerator), key=itemgetter(0))]
+    scores = summarize_masks([common for common, _ in parts])
+    calibration = summarize_calibration(join_guesses([guesses for _, guesses in parts]))
+    named = {"ar": scores["ar"][str(MAX_MASKS[-1])], "ap": scores["ap"], "ece": calibration["ece"]}
+    return {f"{EVERYTHING}{name}": float(value) for name, value in named.items()}
+
+
+def search_unfiltered(
+    student: Sam, val_set: ValidationSet, indices: Iterable[int], points_per_side: int
+) -> list[tuple[Overlaps, Guesses]]:
+    """What the automatic masks of some images have in common with their objects, and what is said of a few clicks."""
+    settings = AmgSettings(points_per_side=points_per_side, pred_iou_thresh=0.0, stability_score_thresh=0.0, fast=False)
+    generator = AutomaticMaskGenerator.of(student, settings)
+    with unchanged_in_eval_mode(student):
+        return [parts_of(measure_image(generator, student, val_set.item(index))) for index in indices]
+
+
+def describe_everything(metrics: Mapping[str, float]) -> str:
+    """How automatic masks do, for the line of a validation; nothing where they are not measured."""
+    if f"{EVERYTHING}ar" not in metrics:
+        return ""
+    return f", everything AR {metrics[f'{EVERYTHING}ar']:.4f}, calibration error {metrics[f'{EVERYTHING}ece']:.4f}"
 
 
 def draw_overlays(folder: Path, val_set: ValidationSet, student: Sam, team: TeacherTeam | None, count: int) -> None:

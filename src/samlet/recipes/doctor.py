@@ -11,11 +11,12 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -44,11 +45,15 @@ from samlet.engine.memory import keep_freed_memory, peak_memory
 from samlet.engine.parts import set_weight_decay
 from samlet.engine.run_dir import RunDir
 from samlet.engine.step import Counts, count_images
+from samlet.engine.validation import search_unfiltered
 from samlet.errors import SamletError
 from samlet.extraction import pictures_of
 from samlet.labelling import stored_labels
 from samlet.recipes import train
 from samlet.run import BATCHES_TO_MEASURE, Run, Stage, set_up
+
+if TYPE_CHECKING:
+    from samlet.data import ValidationSet
 
 STEPS = 2
 IMAGES = 2  # that a validation is timed on
@@ -220,16 +225,24 @@ def seconds_of_step(times: StepTimes, num_workers: int) -> float:
 
 
 def seconds_of_validation(run: Run) -> float:
-    """Of one validation, its retention set included, judged by its first images."""
-    found = 0.0
-    sets = [(run.val_set, run.config.validation.max_images)]
-    sets += [] if run.guard is None else [(run.guard.images, run.guard.max_images)]
-    for images, most in sets:
+    """Of one validation, its retention set and automatic masks included, judged by its first images."""
+    found, config = 0.0, run.config.validation
+    measures: list[tuple[ValidationSet, int | None, Callable[[range], object]]] = [
+        (run.val_set, config.max_images, lambda own: evaluate_sam(run.student, run.val_set, indices=own))
+    ]
+    if (guard := run.guard) is not None:
+        measures.append(
+            (guard.images, guard.max_images, lambda own: evaluate_sam(run.student, guard.images, indices=own))
+        )
+    if (every := config.everything) is not None:
+        search = partial(search_unfiltered, run.student, run.val_set, points_per_side=every.points_per_side)
+        measures.append((run.val_set, every.max_images, search))
+    for images, most, measure in measures:
         count = min(len(images), most or len(images))
         timed = min(count, IMAGES)
         watch = Stopwatch(run.accelerator.device)
         with watch.running("images"):
-            evaluate_sam(run.student, images, indices=range(timed))
+            measure(range(timed))
         found += watch.seconds["images"] / timed * count
     return found / int(run.accelerator.num_processes)
 

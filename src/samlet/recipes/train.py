@@ -35,7 +35,7 @@ from samlet.engine.schedule import learning_rate
 from samlet.engine.shard_loop import Stopped
 from samlet.engine.signals import StopRequest, leave_signals_to_the_run, listen_for_stop
 from samlet.engine.step import Counts, count_images
-from samlet.engine.validation import draw_overlays, validate
+from samlet.engine.validation import describe_everything, draw_overlays, validate, validate_everything
 from samlet.errors import DataError
 from samlet.run import Run, Stage, set_up
 from samlet.types import Batch
@@ -252,6 +252,8 @@ def validate_and_judge(run: Run, progress: StepProgress) -> bool:
     config, state = run.config.validation, run.state
     run.student.eval()
     metrics = validate(run.measured, run.val_set, run.accelerator, config.max_images)
+    if config.everything is not None:
+        metrics |= validate_everything(run.measured, run.val_set, run.accelerator, config.everything)
     drop, patience = 0.0, config.early_stopping_patience
     if run.guard is not None:
         metrics |= run.guard.measure(run.measured, run.accelerator)
@@ -271,6 +273,7 @@ def validate_and_judge(run: Run, progress: StepProgress) -> bool:
     run.folder.log(row, events=run.config.logging.tensorboard)
     progress.say(
         f"step {state.step}: point mIoU {metrics['point_miou']:.4f}, box mIoU {metrics['box_miou']:.4f}"
+        + describe_everything(metrics)
         + ("" if run.guard is None else run.guard.describe(metrics, drop))
         + (", the best so far" if found.is_best else "")
     )
