@@ -277,11 +277,13 @@ class RunConfig(StrictModel):
         """What does not go with the points of a grid."""
         if self.dataset.mode != "everything":
             return
-        if self.everything.unlabelled == "teacher" and not any(stage.distillation.enable for stage in self.resolved()):
+        taught = [stage.distillation for stage in self.resolved() if stage.distillation.enable]
+        if self.everything.unlabelled == "teacher" and not any(stage.asks_prompts for stage in taught):
             yield (
                 ("everything", "unlabelled"),
-                "leaves points beside the objects to the teachers, and nothing is distilled; enable distillation, or "
-                "set it to ignore or negative",
+                "leaves points beside the objects to the teachers, and "
+                + ("no term that is distilled looks at points" if taught else "nothing is distilled")
+                + "; enable distillation.dense_mask_logits, or set it to ignore or negative",
             )
         if self.extraction.decoder_outputs:
             yield (

@@ -203,7 +203,18 @@ def test_the_iou_head_is_calibrated_on_objects_and_low_on_the_background(negativ
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["everything.unlabelled=teacher"], r"everything\.unlabelled: leaves points .* enable distillation, or set it"),
+        (["everything.unlabelled=teacher"], r"everything\.unlabelled: leaves points .* nothing is distilled; enable"),
+        (
+            [
+                *(
+                    "everything.unlabelled=teacher",
+                    "distillation.enable=true",
+                    "teachers=[{name: T, checkpoint: t.pt}]",
+                ),
+                *("distillation.dense_mask_logits.enable=false", "distillation.rkd.enable=true"),
+            ],
+            r"everything\.unlabelled: leaves points .* no term that is distilled looks at points",
+        ),
         (["extraction.decoder_outputs=true"], r"extraction\.decoder_outputs: holds one answer for each object"),
         (["everything.object_share=1.5"], r"everything\.object_share"),
         (["dataset.grid_points=0"], r"dataset\.grid_points"),

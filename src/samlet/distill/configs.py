@@ -39,6 +39,9 @@ TERMS = (
 )
 
 
+OF_IMAGES = ("encoder_patch", "encoder_matching", "rkd")
+"""Terms that compare what is made of an image before there is a prompt."""
+
 TeamRule = Literal["static", "per_sample"]
 TrustRule = Literal["constant", "hard_mask", "confidence"]
 
@@ -193,6 +196,12 @@ class DistillationConfig(StrictModel):
             term: TermConfig = getattr(self, name)
             if self.enable and term.enable:
                 yield name, term
+
+    @property
+    def asks_prompts(self) -> bool:
+        """Whether a term compares answers to prompts; the others look at images alone."""
+        names = {name for name, _ in self.terms()} - {*OF_IMAGES}
+        return bool(names - ({"attention_matching"} if not self.attention_matching.decoder else set()))
 
     def mistakes(self) -> Iterable[tuple[Loc, str]]:
         """What no single field can see."""
