@@ -218,7 +218,13 @@ def stored_masks(labels: StoredLabels, data: SegmentationDataset) -> dict[str, K
                 if data.broken == "skip" and not _is_readable(asked.item.image):
                     continue  # the extraction left it out, too
                 raise DataError(f"{place}: missing: there are no automatic masks of {asked.item.image}; run {COMMAND}")
-            difference = _repairable(read_masks, place).difference(labels.facts, asked.image_sha256)
+            found = _repairable(read_masks, place)
+            if other := found.other_making(labels.facts):
+                raise DataError(
+                    f"{place}: its masks are of another making: {other}; give the folder of others, or remove "
+                    f"{labels.root} and run {COMMAND}"
+                )
+            difference = found.difference(labels.facts, asked.image_sha256)
             raise DataError(f"{place}: its masks are stale: {difference}; run {COMMAND}, which finds them anew")
         kept[image_id] = asked.kept.brief
     return kept

@@ -18,7 +18,7 @@ import torch
 from samlet.config import RunConfig
 from samlet.data.streams import name_index
 from samlet.distill.kept_masks import FOLDER
-from samlet.engine.automatic_masks import Asked, ImageToMask, compute, look
+from samlet.engine.automatic_masks import Asked, ImageToMask, compute, look, refuse_other_making
 from samlet.errors import DataError
 from samlet.extraction import ShardName
 from samlet.labelling import (
@@ -102,7 +102,7 @@ class MaskExtractor:
         """What is to be found, and what cannot be read, where the policy is to skip.
 
         Raises:
-            DataError: an image cannot be read and the policy is to refuse.
+            DataError: an image cannot be read and the policy is to refuse, or its masks are of another making.
         """
         missing, skipped = list[Asked](), list[str]()
         for item in self._by_shard.get(shard, ()):
@@ -113,6 +113,7 @@ class MaskExtractor:
                     raise
                 skipped.append(str(error))
                 continue
+            refuse_other_making(asked, self.facts, self.store)
             if asked.kept is None:
                 missing.append(asked)
         return missing, skipped

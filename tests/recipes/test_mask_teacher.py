@@ -291,6 +291,12 @@ def test_stale_or_damaged_masks_are_refused_by_the_name_of_the_field(
     config = stored(scenes, teacher, tmp_path / "run", tmp_path / "stores", **more)
     with pytest.raises(DataError, match=f"{said}.*samlet extract"):
         train(config)
+    if change in ("weights", "settings", "size"):  # days of somebody's search
+        before = {path: path.read_bytes() for path in place.parent.iterdir()}
+        with pytest.raises(DataError, match=f"holds masks of another making: {said}.*give another folder, or remove"):
+            extract(config)
+        assert {path: path.read_bytes() for path in place.parent.iterdir()} == before
+        shutil.rmtree(tmp_path / "stores" / "T" / FOLDER)
     assert extract(config) == 0
     assert train(config) == 0
 
@@ -326,6 +332,9 @@ def test_stored_features_and_answers_are_of_the_same_objects(made: tuple[Path, P
     assert verify(store) == 2
     assert verify(store, repair_it=True) == 0
     assert not damaged.exists()
+    assert list(check(store).masks) == [damaged]  # the image's features are there, and its masks are not
+    assert extract(config) == 0
+    assert verify(store) == 0
 
 
 @pytest.mark.usefixtures("_halves")

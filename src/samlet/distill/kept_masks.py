@@ -82,9 +82,17 @@ class KeptMasks(NamedTuple):
 
     def difference(self, facts: MaskFacts, image_sha256: str) -> str | None:
         """The first field in which the masks are others than those that are wanted, with both values."""
-        made = {**self.facts._asdict(), "image_sha256": self.image_sha256}
-        found = next(differences(made, {**facts._asdict(), "image_sha256": image_sha256}), None)
-        return None if found is None else described(*found)
+        wanted = {**facts._asdict(), "image_sha256": image_sha256}
+        return _difference({**self.facts._asdict(), "image_sha256": self.image_sha256}, wanted)
+
+    def other_making(self, facts: MaskFacts) -> str | None:
+        """The same, the image apart, which may be edited at any time."""
+        return _difference(self.facts._asdict(), facts._asdict())
+
+
+def _difference(made: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    found = next(differences(made, wanted), None)
+    return None if found is None else described(*found)
 
 
 def mask_file(folder: Path, image_id: str) -> Path:

@@ -62,6 +62,24 @@ def look_at_all(items: Sequence[ImageToMask], facts: MaskFacts) -> Iterator[Aske
         yield from pool.map(tried, items)
 
 
+def refuse_other_making(asked: Asked, facts: MaskFacts, store: Path) -> None:
+    """Never replace masks that somebody found with another model or other settings.
+
+    Raises:
+        DataError: such masks lie where an image's would go; the first field that differs is named.
+    """
+    if asked.kept is None and asked.item.place.exists():
+        try:
+            found = read_masks(asked.item.place).other_making(facts)
+        except DataError:
+            return
+        if found:
+            raise DataError(
+                f"{asked.item.place}: holds masks of another making: {found}; give another folder, or remove {store} "
+                "if nobody needs it"
+            )
+
+
 def compute(
     asked: Asked, facts: MaskFacts, find: Find, before: Callable[[], object] = lambda: None
 ) -> tuple[np.ndarray, KeptMasks]:

@@ -66,7 +66,8 @@ def verify(path: Path, *, repair_it: bool = False, console: Console | None = Non
         task = bar.add_task("verify", total=count_entries(path))
         report = check(path, lambda count: bar.advance(task, count))
     if report.sound:
-        _say(console, f"[bold green]All {report.images} image-variants are as they were written.[/]")
+        masks = f" and {report.sound_masks} files of automatic masks" if report.sound_masks else ""
+        _say(console, f"[bold green]All {report.images} image-variants{masks} are as they were written.[/]")
         return 0
     _print_report(report, path, console)
     if not repair_it:

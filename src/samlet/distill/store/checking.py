@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from samlet.artefacts import sha256_of
-from samlet.distill.kept_masks import FOLDER, read_masks
+from samlet.distill.kept_masks import FOLDER, mask_file, read_masks
 from samlet.distill.store.arrays import EMBEDDING, read_npy
 from samlet.distill.store.entries import (
     Contents,
@@ -59,7 +59,9 @@ class Report(NamedTuple):
     strays: list[Path]
     """Files that nothing vouches for: half-written, forgotten, or nobody's."""
     masks: dict[Path, str]
-    """Files of automatic masks that are damaged, and a sentence on each."""
+    """Files of automatic masks that are damaged or missing, and a sentence on each."""
+    sound_masks: int
+    """Files of automatic masks that are whole."""
 
     @property
     def sound(self) -> bool:
@@ -82,7 +84,7 @@ def check(root: Path, advance: Advance = lambda _: None) -> Report:
     Raises:
         SamletError: there is none, or its manifest.json is damaged.
     """
-    store, images = read_store(root), 0
+    store, keys = read_store(root), set[tuple[str, Key]]()
     decoder, shards = list[str](), list[ShardReport]()
     try:
         decoder_file(root)
@@ -96,14 +98,15 @@ def check(root: Path, advance: Advance = lambda _: None) -> Report:
             report = ShardReport(split, number, unreadable, set(), not contents.finished, bool(unreadable))
             if not unreadable:
                 report = _check_shard(report, files, contents, store.identity, advance)
-            images += len(contents.entries)
+            keys.update((split, key) for key in contents.entries)
             vouched.update(_vouched(files, contents, store.identity))
             if report.damage or report.unfinished:
                 shards.append(report)
     sound, masks = _look_at_masks(root)
+    masks |= _missing_masks(root, {(split, image_id) for split, (image_id, _) in keys})
     vouched.update(sound, masks)
     strays = [place for place in files_below(root) if place not in vouched and not _is_beside(place, root)]
-    return Report(images, decoder, shards, sorted(strays), masks)
+    return Report(len(keys), decoder, shards, sorted(strays), masks, len(sound))
 
 
 def repair(root: Path, report: Report) -> tuple[int, list[Path]]:
@@ -144,6 +147,19 @@ def _look_at_masks(root: Path) -> tuple[list[Path], dict[Path, str]]:
         except DataError as error:
             damaged[place] = str(error)
     return sound, damaged
+
+
+def _missing_masks(root: Path, images: set[tuple[str, str]]) -> dict[Path, str]:
+    """Images whose features are stored without masks, in splits that have masks."""
+    missing = dict[Path, str]()
+    for split, image_id in sorted(images):
+        folder = root / FOLDER / split
+        if folder.is_dir():
+            with suppress(DataError):  # a name that leads elsewhere is damage of the shard
+                place = mask_file(folder, image_id)
+                if not place.exists():
+                    missing[place] = f"{place}: missing"
+    return missing
 
 
 def _contents(files: ShardFiles, store: str) -> tuple[Contents, list[str]]:
