@@ -86,7 +86,8 @@ def label_by_teacher(
         most: find the masks of the first so many images of the first epoch alone; the others have no objects then.
 
     Raises:
-        SamletError: the run began with masks of another making; stored ones are missing, damaged or stale.
+        SamletError: the run began with masks of another making; stored ones are missing, damaged or stale; nothing
+            is left to learn.
     """
     if config.masks_are_stored:
         labels = stored_labels(config)
@@ -116,8 +117,28 @@ def label_by_teacher(
         f"stability_score_thresh {facts.settings['stability_score_thresh']:g}); "
         f"{labelled.num_labelled} of {len(labelled)} images have objects"
     )
+    if not count:
+        _say_that_none_was_found(config, labelled, accelerator, is_whole=most is None)
     masks_sha256 = digest(sorted((image_id, masks.digest) for image_id, masks in kept.items()))
     return Labelled(labelled, {KEY: {**facts._asdict(), "masks_sha256": masks_sha256}})
+
+
+def _say_that_none_was_found(
+    config: RunConfig, labelled: SegmentationDataset, accelerator: Accelerator, *, is_whole: bool
+) -> None:
+    """Warn, or refuse where the teacher's masks were all that there was to learn.
+
+    Raises:
+        DataError: so it is.
+    """
+    source = config.mask_source
+    said = (
+        f"{source.name}: found no mask on any image; lower mask_teacher.pred_iou_thresh and stability_score_thresh, or "
+        f"let `samlet tune-amg {source.checkpoint or source.name} {config.dataset.root}` find what suits this teacher"
+    )
+    if is_whole and not labelled.num_labelled and not config.distills:
+        raise DataError(said)
+    accelerator.print(f"warning: {said}")
 
 
 def with_masks(config: RunConfig, data: SegmentationDataset, kept: Mapping[str, Kept]) -> SegmentationDataset:

@@ -447,3 +447,19 @@ def test_thresholds_tuned_for_the_teacher_are_used_unless_said_otherwise(
     save_tuned(teacher, AmgSettings(), image_size=32)
     with pytest.raises(SamletError, match="was tuned at an image size of 32, and 64 is asked for"):
         labelled(config)
+
+
+def test_a_teacher_that_finds_nothing_is_no_secret(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harsh = {"pred_iou_thresh": 1.0}
+    alone = config_of(*made, tmp_path / "alone", mask_teacher={"method": "replace_gt", **harsh})
+    with pytest.raises(DataError, match=r"T: found no mask on any image; lower .*`samlet tune-amg .*teacher\.pth"):
+        train(alone)
+    assert not (tmp_path / "alone" / "checkpoints").exists()
+    beside = config_of(*made, tmp_path / "beside", mask_teacher={"method": "gt_override", **harsh})
+    assert train(beside) == 0
+    assert "warning: T: found no mask on any image" in capsys.readouterr().out
+    report = examine(alone, tmp_path / "place")
+    (finding,) = [one for one in report["findings"] if "the whole gradient is 0" in one["text"]]
+    assert finding["level"] == "warning"

@@ -146,5 +146,14 @@ def _clipped(seen: Diagnosis) -> Iterator[Finding]:
         )
 
 
+def _teaches(seen: Diagnosis) -> Iterator[Finding]:
+    if seen.norms and not any(seen.norms):
+        yield Finding(
+            "warning",
+            "the whole gradient is 0 in every step: nothing is learnt from these images, which have neither objects "
+            "nor a teacher's answer; look at them with `samlet check-data`, and at the thresholds of mask_teacher",
+        )
+
+
 Check = Callable[[Diagnosis], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (_finite, _reaches, _still, _balanced, _teachers_know_more, _clipped)
+CHECKS: tuple[Check, ...] = (_finite, _teaches, _reaches, _still, _balanced, _teachers_know_more, _clipped)
