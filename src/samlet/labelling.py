@@ -16,7 +16,7 @@ from samlet.distill.kept_masks import FOLDER, Kept, KeptMasks, MaskFacts, mask_f
 from samlet.distill.pseudo_labels import pseudo_labelled
 from samlet.engine.automatic_masks import Asked, Find, ImageToMask, compute, look_at_all, tidy
 from samlet.engine.facts import digest
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.engine.shard_loop import ImageCount
 from samlet.errors import ConfigError, DataError
 from samlet.models import load_sam
@@ -148,7 +148,7 @@ def with_masks(config: RunConfig, data: SegmentationDataset, kept: Mapping[str, 
         DataError: a mask of the ground truth cannot be read and the policy is to refuse.
     """
     masks = config.mask_teacher
-    with image_bar() as bar:
+    with ImageBars() as bar:
         task = bar.add_task("objects", total=len({record.image_id for record in data.records}))
         records = pseudo_labelled(
             data.records,

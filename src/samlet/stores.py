@@ -14,7 +14,7 @@ from samlet.distill.objectives import build_objectives
 from samlet.distill.store import Identity, StoreReader, read_identity, refuse_stale
 from samlet.distill.store.identity import described, differences
 from samlet.distill.stored import EMBEDDING, IOU, LOGITS, PROMPTS, TOKENS, StoredFeatures, stored_name
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.errors import ConfigError, DataError
 from samlet.frames import PREPROCESSING
 from samlet.models import load_sam
@@ -103,7 +103,7 @@ def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDa
     """
     records = {record.image_id: record for record in data.records}
     indices = {record.image_id: index for index, record in enumerate(data.records)}
-    with ThreadPoolExecutor(HASHING_THREADS) as pool, image_bar() as bar:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool, ImageBars() as bar:
         digests = pool.map(_digest, records.values())
         for record, digest in zip(
             records.values(), bar.track(digests, len(records), description="images"), strict=True

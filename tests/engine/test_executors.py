@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from samlet.engine import shard_loop, shard_team
+from samlet.engine import progress, shard_loop, shard_team
 from samlet.engine.executors import run_local
 from samlet.engine.leases import Leases
 from samlet.engine.shard_loop import LEASES, Stopped, work_through
@@ -75,14 +75,15 @@ def test_one_process_leaves_a_finished_store_and_nothing_else(alone: dict[str, b
 
 @pytest.mark.usefixtures("forked")
 def test_a_worker_that_dies_is_replaced_and_the_store_is_the_same(
-    alone: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    alone: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     store = tmp_path / "team"
     assert run_local(written_job(store, die_once="2/1", blank=3), DrawnWork, 2, images=12) == 0
     assert content(store) == alone
     assert computed(store) == computed(tmp_path / "alone")
     told = capfd.readouterr().err
-    assert "12/12 images  eta 0:00:00" in told
+    assert "extract: 12/12 images  eta 0:00" in told
     assert told.count("3 has a blank image") == 1
 
 

@@ -33,7 +33,7 @@ class TrainingConfig(StrictModel):
     min_learning_rate: float = Field(1e-6, ge=0)
     """Learning rate at the end of the cosine."""
     warmup_steps: int = Field(100, ge=0)
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Optimizer steps over which the learning rate rises linearly from 0; a tenth of the run (of its stage) at most."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay; norms, biases, embeddings and position tables are exempt."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

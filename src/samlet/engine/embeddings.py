@@ -17,7 +17,7 @@ import torch
 from samlet.artefacts import read_manifest, write_directory
 from samlet.data.sampler import SampleKey
 from samlet.engine.facts import digest
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.errors import CheckpointError
 from samlet.models.checkpoints import digest_of, plain_state
 
@@ -86,7 +86,7 @@ def _is_whole(place: Path, facts: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def _compute(folder: Path, *, data: SegmentationDataset, variant: int, encode: Encode, batch_size: int) -> None:
-    with image_bar() as bar:
+    with ImageBars() as bar:
         task = bar.add_task(f"embeddings, variant {variant}", total=len(data))
         for indices in _groups(len(data), batch_size):
             pixels = torch.stack([data[SampleKey(variant, index)].pixels for index in indices])

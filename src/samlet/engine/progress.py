@@ -6,10 +6,19 @@ import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -50,30 +59,55 @@ class StepProgress:
         if not self.console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or step == self.total):
             self._last_line = now
             eta = (now - self._began) / max(step - self.start, 1) * (self.total - step)
-            self.console.print(f"step {step}/{self.total}  eta {_clock(eta)}  {terms}", soft_wrap=True)
+            self.console.print(f"step {step}/{self.total}  eta {clock(eta)}  {terms}", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, soft_wrap=True, highlight=False)
 
 
-def image_bar() -> Progress:
-    """A bar over images with an ETA, one task for each thing that is measured; nothing without a terminal.
+class ImageBars(Progress):
+    """A bar over images with an ETA for each thing that is done with them; elsewhere than on a terminal, lines.
 
-    Of several processes only the first shows anything.
+    What takes less than SECONDS_BETWEEN_LINES has no line. Of several processes only the first shows anything.
     """
-    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+        super().__init__(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._last_line = time.monotonic()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """So many more are done."""
+        super().advance(task_id, advance)
+        self._tell(self._tasks[task_id])
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Change how much is done, or the description."""
+        super().update(task_id, **changes)
+        self._tell(self._tasks[task_id])
+
+    def _tell(self, task: Task) -> None:
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._last_line < SECONDS_BETWEEN_LINES or not task.completed:
+            return
+        self._last_line = now
+        of = " images"
+        if task.total:
+            left = max(task.total - task.completed, 0) / task.completed
+            of = f"/{task.total:.0f} images  eta {clock((task.elapsed or 0.0) * left)}"
+        told = f"{task.description}: {task.completed:.0f}{of}"
+        self.console.print(told, markup=False, soft_wrap=True, highlight=False)
 
 
 def shown_terms(row: Mapping[str, float | int | str]) -> str:
@@ -83,7 +117,8 @@ def shown_terms(row: Mapping[str, float | int | str]) -> str:
     return "  ".join([f"loss {row['loss']:.4g}", *terms]) if row else "step left out"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Time as 4:05 or 1:04:05."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -10,13 +10,12 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from samlet.data.streams import name_index
 from samlet.engine.leases import TIMEOUT, Leases, LostLease
-from samlet.engine.progress import SECONDS_BETWEEN_LINES, image_bar
+from samlet.engine.progress import ImageBars
 
 LEASES = ".leases"  # in the store
 PAUSE = 1.0  # seconds between two looks at shards that others hold
@@ -120,10 +119,8 @@ class ImageCount:
     """Counts images: a bar with an ETA on a terminal, lines elsewhere, nothing in ranks other than the first."""
 
     def __init__(self, total: int | None, what: str = "extract") -> None:
-        self.total, self.done = total, 0
-        self._bar = image_bar()
+        self._bar = ImageBars()
         self._task = self._bar.add_task(what, total=total)
-        self._began = self._last_line = time.monotonic()
         self._said = ""
 
     def __enter__(self) -> Self:
@@ -135,18 +132,8 @@ class ImageCount:
 
     def advance(self, images: int) -> None:
         """So many more are done."""
-        if not images:  # another thread may be counting
-            return
-        self.done += images
-        self._bar.update(self._task, advance=images)
-        now = time.monotonic()
-        due = now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total
-        if due and not self._bar.console.is_terminal:
-            self._last_line = now
-            left = max((self.total or 0) - self.done, 0)
-            eta = timedelta(seconds=int((now - self._began) / self.done * left))
-            of = f"/{self.total} images  eta {eta}" if self.total else " images"
-            self._bar.console.print(f"{self.done}{of}", highlight=False)
+        if images:  # another thread may be counting
+            self._bar.advance(self._task, images)
 
     def say(self, text: str) -> None:
         """A line that stays, once."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from samlet.artefacts import write_json, write_text
 from samlet.data.opening import DEFAULT_SPLIT, open_split
 from samlet.engine.naming import Named, name_checkpoints, refuse_model
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.engine.tables import console_table, markdown_table, percent
 from samlet.errors import SamletError
 
@@ -62,7 +62,7 @@ def evaluate(
     target = choose_device(device)
     count = min(len(images), max_images or len(images))
     results: dict[str, Any] = {}
-    with image_bar() as progress:
+    with ImageBars() as progress:
         for checkpoint in named:
             task = progress.add_task(checkpoint.name, total=count)
             results[checkpoint.name] = _measure(

@@ -13,7 +13,7 @@ from rich.console import Console
 from samlet.artefacts import write_json, write_text
 from samlet.data.opening import DEFAULT_SPLIT, open_split
 from samlet.engine.naming import Named, name_checkpoints, refuse_model
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.engine.tables import console_table, markdown_table, percent
 from samlet.errors import SamletError
 
@@ -106,7 +106,7 @@ def measure_all(
     target = choose_device(device)
     facts: dict[str, Any] = {}
     measured: dict[str, Measured] = {}
-    with image_bar() as progress:
+    with ImageBars() as progress:
         for name, path in named:
             task = progress.add_task(name, total=count)
             sam = load_sam(path, image_size=image_size).to(target)

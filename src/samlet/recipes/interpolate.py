@@ -20,7 +20,7 @@ from rich.table import Table
 from samlet import __version__
 from samlet.artefacts import write_json
 from samlet.data.opening import DEFAULT_SPLIT, open_split
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.errors import DataError, SamletError
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def measure(line: Line, alphas: Sequence[float], sets: dict[str, Measured], out:
     from samlet.engine.evaluation import choose_device
 
     sam = copy.deepcopy(line.base).to(choose_device(device))
-    with image_bar() as bar:
+    with ImageBars() as bar:
         for role, one in sets.items():
             sets[role] = one._replace(sha256=digest_of_images(one, bar, role))
         kept = {(alpha, role): _kept(out, line, alpha, one) for alpha in alphas for role, one in sets.items()}

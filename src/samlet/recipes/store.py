@@ -16,7 +16,7 @@ from samlet.distill.store.conversion import usage
 from samlet.distill.store.entries import ShardFiles, read_shard, remedy, shard_numbers, splits_of
 from samlet.distill.store.identity import plain, read_store
 from samlet.engine.memory import readable
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 
 _SHOWN = 10  # paths listed below one heading
 _HASH = 12  # characters of a digest that people look at
@@ -62,7 +62,7 @@ def verify(path: Path, *, repair_it: bool = False, console: Console | None = Non
         SamletError: there is no store, its manifest.json is damaged, or it cannot be written.
     """
     console = console or Console()
-    with image_bar() as bar:
+    with ImageBars() as bar:
         task = bar.add_task("verify", total=count_entries(path))
         report = check(path, lambda count: bar.advance(task, count))
     if report.sound:
@@ -120,7 +120,7 @@ def convert(
         SamletError: it cannot be converted so, or there is no room.
         DataError: it is damaged or unfinished.
     """
-    with image_bar() as bar:
+    with ImageBars() as bar:
         task = bar.add_task("convert", total=count_entries(path))
         identity = convert_store(path, out, dtype, pack, lambda count: bar.advance(task, count))
     before, after = (sum(sum(sizes.values()) for sizes in usage(place).values()) for place in (path, out))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from samlet.data.opening import DEFAULT_SPLIT, open_split
 from samlet.engine.naming import Named, name_checkpoints, refuse_model
-from samlet.engine.progress import image_bar
+from samlet.engine.progress import ImageBars
 from samlet.engine.tables import console_table, percent
 from samlet.errors import DataError, SamletError
 
@@ -60,7 +60,7 @@ def tune_amg(
     settings = AmgSettings() if points_per_side is None else AmgSettings(points_per_side=points_per_side)
     sam = load_sam(named.path, image_size=image_size).to(choose_device(device))
     unfinished = amg_path(named.path).with_suffix(".unfinished")
-    with image_bar() as progress:
+    with ImageBars() as progress:
         indices = progress.track(range(count), description=named.name)
         found = collect(named.path, sam, (images.item(index) for index in indices), settings, unfinished)
     objects = sum(one.iou.shape[1] for one in found)
