@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from samlet.models import AutomaticMaskGenerator as AutomaticMaskGenerator
     from samlet.models import Predictor as Predictor
     from samlet.models import Sam as Sam
     from samlet.models import build_sam as build_sam
     from samlet.models import load_sam as load_sam
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Sam", "__version__", "build_sam", "load_sam"]
+__all__ = ["AutomaticMaskGenerator", "Predictor", "Sam", "__version__", "build_sam", "load_sam"]
 
 
 def __getattr__(name: str) -> object:

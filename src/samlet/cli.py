@@ -147,10 +147,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --everything: points along each side; by default as tuned, else 32.")
     ] = None,
     pred_iou_thresh: Annotated[
-        float | None, typer.Option(help="With --everything: keep masks that the model trusts more than this.")
+        float | None, typer.Option(max=1, help="With --everything: keep masks that the model trusts more than this.")
     ] = None,
     stability_thresh: Annotated[
-        float | None, typer.Option(help="With --everything: keep masks that are at least this stable.")
+        float | None, typer.Option(max=1, help="With --everything: keep masks that are at least this stable.")
     ] = None,
     fast: Annotated[
         bool | None, typer.Option("--fast/--plain", help="With --everything: coarse points first, or all of them.")
@@ -322,10 +322,10 @@ def masks(
         int | None, typer.Option(min=1, help="Points along each side of the grid; as tuned, else 32.")
     ] = None,
     pred_iou_thresh: Annotated[
-        float | None, typer.Option(help="Masks stay that the model rates above it; as tuned, else 0.88.")
+        float | None, typer.Option(max=1, help="Masks stay that the model rates above it; as tuned, else 0.88.")
     ] = None,
     stability_thresh: Annotated[
-        float | None, typer.Option(help="Masks stay that are as stable; as tuned, else 0.95.")
+        float | None, typer.Option(max=1, help="Masks stay that are as stable; as tuned, else 0.95.")
     ] = None,
     crop_layers: Annotated[
         int | None, typer.Option(min=0, help="Look again at 4, 16, ... crops, for small objects.")

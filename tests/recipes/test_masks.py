@@ -240,6 +240,13 @@ def test_a_broken_image_is_one_sentence_and_stops_no_other(
     assert [entry["file_name"] for entry in listed] == ["a.jpg", "b.png", "sub/a.jpg"]
 
 
+def test_pictures_of_an_earlier_search_are_no_images(weights: Path, images: Path, tmp_path: Path) -> None:
+    assert run(weights, images, images / "found", overlays=True) == 0
+    assert run(weights, images, tmp_path / "out") == 0
+    names = [entry["file_name"] for entry in json.loads((tmp_path / "out" / "masks.json").read_text())["images"]]
+    assert names == ["a.jpg", "b.jpg", "b.png", "sub/a.jpg"]
+
+
 def test_an_image_of_its_own(weights: Path, images: Path, tmp_path: Path) -> None:
     assert run(weights, images / "a.jpg", tmp_path / "out", overlays=True) == 0
     assert sorted(contents(tmp_path / "out")) == [
@@ -270,6 +277,8 @@ def test_what_is_not_its_own_is_never_written_over(weights: Path, images: Path, 
         (out / name).mkdir(parents=True)
         with pytest.raises(SamletError, match="was not written by `samlet masks`"):
             run(weights, images, out)
+    with pytest.raises(SamletError, match="is the folder of the images"):
+        run(weights, images, images)
     with pytest.raises(SamletError, match="is a file"):
         run(weights, images, images / "a.jpg")
     inside = tmp_path / "labels"

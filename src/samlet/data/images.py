@@ -100,6 +100,8 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
+            if path.is_dir():
+                raise DataError(f"{path}: is a folder, where an {kind} is wanted; name the file")
             _refuse_empty(path)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 _check_header(image, path)

@@ -55,11 +55,12 @@ def check_image(image: object) -> None:
     """Refuse what is no RGB image.
 
     Raises:
-        SamletError: not an (H, W, 3) array of uint8.
+        SamletError: not an (H, W, 3) array of uint8, or one without a pixel.
     """
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    is_rgb = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    if not is_rgb or not image.size:  # type: ignore[attr-defined]
         found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise SamletError(f"image: must be a numpy array of uint8 and shape (H, W, 3), not {found}")
+        raise SamletError(f"image: must be a numpy array of uint8 and shape (H, W, 3), not empty, not {found}")
 
 
 class Predictor:

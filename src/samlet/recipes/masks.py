@@ -128,8 +128,9 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _names_below(images: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Images, and other files, by their path below a folder; what this command wrote is neither."""
-    written = [(out / name).resolve() for name in (*OURS, SETTINGS)]
+    """Images, and other files, by their path below a folder; what this command wrote, now or before, is neither."""
+    ours = [out, *(path.parent for path in images.rglob(SETTINGS) if _made_by_us(path))]
+    written = [(folder / name).resolve() for folder in ours for name in (*OURS, SETTINGS)]
     names, others = list[str](), list[str]()
     for path in sorted(images.rglob("*")):
         if path.is_dir() or hidden(path, images) or _is_below(path.resolve(), written):
@@ -150,6 +151,8 @@ def refuse_foreign_folder(images: Path, out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise SamletError(f"--out {out}: is a file; name a folder")
+    if images.is_dir() and out.resolve() == images.resolve():
+        raise SamletError(f"--out {out}: is the folder of the images; its pictures would be among them; name another")
     if _is_below(images.resolve(), [(out / name).resolve() for name in OURS]):
         raise SamletError(f"--out {out}: {images} lies where the results go; name another folder")
     if (out / SETTINGS).is_file() and _made_by_us(out / SETTINGS):
