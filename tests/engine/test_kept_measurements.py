@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,37 @@ def test_tuning_that_was_cut_off_goes_on_and_chooses_the_same(tmp_path: Path, mo
     assert tuned("cut") == whole
     assert finds.calls == 4
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {"base.pt", "base.amg.json", "base.amg.png"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+def test_a_signal_ends_it_between_two_images_and_says_so(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_teacher(tmp_path / "base.pt", kind="vit_t", **STUDENT)
+    scenes = add_found_objects(write_scenes(tmp_path / "scenes", train=1, val=3), weights)
+    given: dict[str, Any] = {"points_per_side": 3, "image_size": IMAGE_SIZE, "device": "cpu"}
+
+    def measure() -> None:
+        if command == "tune":
+            tune_amg(str(weights), scenes, **given)
+        else:
+            evaluate_everything([str(weights)], scenes, out=tmp_path / "out", **given)
+
+    finds = Finds(monkeypatch)
+    real = KeptMeasurements.of
+
+    def of_and_a_signal(kept: KeptMeasurements, *given: Any) -> Any:
+        found = real(kept, *given)
+        if finds.calls == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptMeasurements, "of", of_and_a_signal)
+        with pytest.raises(SystemExit) as stop:
+            measure()
+    assert stop.value.code == 143
+    assert "stopped; the same command goes on from here" in capfd.readouterr().err
+    assert finds.calls == 2
+    measure()
+    assert finds.calls == 3

@@ -163,6 +163,7 @@ def test_on_the_command_line(weights: Path, scenes: Path, tmp_path: Path) -> Non
         0,
         False,
     ]
-    refused = CliRunner().invoke(app, [*words, *sized, "--everything", "--pred-iou-thresh", "nan"])
-    assert isinstance(refused.exception, SamletError)
-    assert "pred_iou_thresh" in str(refused.exception)
+    for value in ("nan", "1.5"):
+        refused = CliRunner().invoke(app, [*words, *sized, "--everything", "--pred-iou-thresh", value])
+        assert refused.exit_code == 2
+        assert "--pred-iou-thresh" in refused.output

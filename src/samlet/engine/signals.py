@@ -23,6 +23,16 @@ class StopRequest:
         again = "; Ctrl-C again leaves at once, without saving" if number == signal.SIGINT else ""
         os.write(2, f"\nstopping after this step of work{again}\n".encode())
 
+    def leave_if_asked(self) -> None:
+        """End the program between two pieces of work, of which each is kept.
+
+        Raises:
+            SystemExit: a signal came; with its exit code.
+        """
+        if self.signal is not None:
+            os.write(2, b"stopped; the same command goes on from here\n")
+            raise SystemExit(self.exit_code)
+
     @property
     def exit_code(self) -> int:
         """143 for SIGTERM, 130 for SIGINT, 0 for none."""

@@ -14,10 +14,13 @@ from samlet.artefacts import write_json, write_text
 from samlet.data.opening import DEFAULT_SPLIT, open_split
 from samlet.engine.naming import Named, name_checkpoints, refuse_model
 from samlet.engine.progress import ImageBars
+from samlet.engine.signals import listen_for_stop
 from samlet.engine.tables import console_table, markdown_table, percent
 from samlet.errors import SamletError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from samlet.data import ValidationSet
     from samlet.engine.everything import Chosen, Measured
 
@@ -106,7 +109,12 @@ def measure_all(
     target = choose_device(device)
     facts: dict[str, Any] = {}
     measured: dict[str, Measured] = {}
-    with ImageBars() as progress:
+    with ImageBars() as progress, listen_for_stop() as stop:
+
+        def count_image(task: TaskID) -> None:
+            progress.advance(task)
+            stop.leave_if_asked()
+
         for name, path in named:
             task = progress.add_task(name, total=count)
             sam = load_sam(path, image_size=image_size).to(target)
@@ -123,7 +131,7 @@ def measure_all(
                 indices=range(count),
                 kept=KeptMeasurements(out / UNFINISHED, own),
                 shown=drawn_images(count),
-                on_image=partial(progress.advance, task),
+                on_image=partial(count_image, task),
             )
             facts[name] = {
                 "path": str(path),

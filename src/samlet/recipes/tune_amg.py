@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from samlet.data.opening import DEFAULT_SPLIT, open_split
 from samlet.engine.naming import Named, name_checkpoints, refuse_model
 from samlet.engine.progress import ImageBars
+from samlet.engine.signals import listen_for_stop
 from samlet.engine.tables import console_table, percent
 from samlet.errors import DataError, SamletError
 
@@ -60,9 +61,14 @@ def tune_amg(
     settings = AmgSettings() if points_per_side is None else AmgSettings(points_per_side=points_per_side)
     sam = load_sam(named.path, image_size=image_size).to(choose_device(device))
     unfinished = amg_path(named.path).with_suffix(".unfinished")
-    with ImageBars() as progress:
-        indices = progress.track(range(count), description=named.name)
-        found = collect(named.path, sam, (images.item(index) for index in indices), settings, unfinished)
+    with ImageBars() as progress, listen_for_stop() as stop:
+
+        def one_by_one() -> Iterator[EvalImage]:
+            for index in progress.track(range(count), description=named.name):
+                stop.leave_if_asked()
+                yield images.item(index)
+
+        found = collect(named.path, sam, one_by_one(), settings, unfinished)
     objects = sum(one.iou.shape[1] for one in found)
     if not objects:
         raise DataError(f"{data}: there is no object to tune on; `samlet check-data` says what was found")
