@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,8 @@ COLUMNS = 4
 WIDE_RANGE = 30.0  # largest by smallest value from which a logarithmic axis is easier to read
 INK, FAINT, GRID, PAPER = "#26282e", "#787c84", "#e6e6e2", "#fafaf8"
 BLUE, GREY = "#1484e6", "#9aa0a8"
-SCORE_COLOURS = ("#00a896", "#f05454", "#6a5ae0", "#ffaa1e", "#1484e6", "#e848a0")
+SCORE_COLOURS = {"point": "#00a896", "box": "#f05454", "mean": "#6a5ae0", "everything": "#ffaa1e"}
+OTHER_COLOURS = ("#1484e6", "#e848a0", "#7a8b1e")
 
 
 class Line(NamedTuple):
@@ -194,8 +196,14 @@ def _mark_stages(axes: Axes, stages: Sequence[tuple[int, str]]) -> None:
         )
 
 
+def colours_of(names: Iterable[str]) -> list[str]:
+    """A score has the same colour in every picture."""
+    others = cycle(OTHER_COLOURS)
+    return [SCORE_COLOURS.get(name) or next(others) for name in names]
+
+
 def _draw_scores(axes: Axes, panel: Panel) -> None:
-    for (name, line), colour in zip(panel.lines.items(), SCORE_COLOURS * len(panel.lines), strict=False):
+    for (name, line), colour in zip(panel.lines.items(), colours_of(panel.lines), strict=True):
         best = int(line.values.argmax()) if len(line.values) else None
         label = name if best is None else f"{name}  {line.values[best]:.3f}"
         axes.plot(line.steps, line.values, color=colour, lw=1.7, marker="o", ms=2.6, label=label)
@@ -207,7 +215,7 @@ def _draw_scores(axes: Axes, panel: Panel) -> None:
 
 def _draw_kept(axes: Axes, panel: Panel) -> None:
     """Scores with the level that each began at, and how far from it the last one is."""
-    for (name, line), colour in zip(panel.lines.items(), SCORE_COLOURS * len(panel.lines), strict=False):
+    for (name, line), colour in zip(panel.lines.items(), colours_of(panel.lines), strict=True):
         if not len(line.values):
             continue
         first, last = line.values[0], line.values[-1]

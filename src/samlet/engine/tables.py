@@ -26,6 +26,7 @@ def console_table(
             heading.replace(" ", "\n") if is_narrow else heading,
             justify="right" if place else "left",
             no_wrap=place > 0,
+            overflow="fold",  # a name on two lines rather than cut off
         )
     for row in rows:
         table.add_row(*map(escape, row))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from samlet.artefacts import write_file
-from samlet.engine.curves import BLUE, FAINT, GREY, INK, PAPER, SCORE_COLOURS, save_figure, style
+from samlet.engine.curves import BLUE, FAINT, GREY, INK, PAPER, colours_of, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +103,8 @@ def spread(wanted: Sequence[float], apart: float) -> list[float]:
 
 
 def _coloured(scored: Scored) -> list[tuple[Curve, str]]:
-    return list(zip(scored.curves, (INK, *SCORE_COLOURS), strict=False))
+    names = [curve.label for curve in scored.curves[1:]]
+    return list(zip(scored.curves, [INK, *colours_of(names)], strict=True))
 
 
 def _draw_tradeoff(axes: Axes, alphas: Sequence[float], chosen: float, gained: Curve, kept: Curve) -> None:

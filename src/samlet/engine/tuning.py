@@ -154,8 +154,9 @@ def plot_sweep(out: Path, table: Sweep, metric: str, before: Cell, after: Cell) 
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
     for place, name in enumerate(sorted(METRICS, key=lambda name: name != metric)):
         axes = figure.add_subplot(1, 2, place + 1)
-        told = ", chosen by it" if name == metric else ""
+        told = ": it decides" if name == metric else ""
         _draw_map(axes, f"{METRICS[name]}, percent{told}", table, 100 * getattr(table, name), (before, after))
+    figure.supxlabel("red frame: the thresholds that were saved; white dashes: those before", fontsize=8, color=FAINT)
     write_file(out, lambda temporary: save_figure(figure, temporary))
 
 

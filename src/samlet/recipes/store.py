@@ -31,8 +31,8 @@ def info(path: Path, *, console: Console | None = None) -> int:
     console, store = console or Console(), read_store(path)
     table = Table(title=escape(str(path)), title_justify="left", show_header=False)
     for name, value in plain(store.identity).items():
-        short = str(value)[:_HASH] if name == "teacher_sha256" else value
-        table.add_row(name, escape("none" if value is None else str(short)))
+        short = str(value)[:_HASH] if name == "teacher_sha256" else _in_words(value)
+        table.add_row(name, escape(short))
     console.print(table)
     splits = Table("split", "images", "image-variants", "shards finished", "packed")
     for split in splits_of(path):
@@ -48,6 +48,14 @@ def info(path: Path, *, console: Console | None = None) -> int:
         splits.add_row(escape(split), *map(str, row))
     console.print(splits if splits.row_count else "No split has been extracted yet.")
     return 0
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(member)}" for name, member in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def verify(path: Path, *, repair_it: bool = False, console: Console | None = None) -> int:
