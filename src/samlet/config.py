@@ -158,6 +158,10 @@ class RunConfig(StrictModel):
         root = self.distillation.precomputed_root
         if root is None:
             raise ConfigError("distillation.precomputed_root: is null; give the folder of the teachers' stores")
+        if root.is_file():
+            raise ConfigError(
+                f"distillation.precomputed_root: {root} is a file; give the folder of the teachers' stores"
+            )
         alone = len(self.teachers) == 1 and (root / MANIFEST).is_file()
         return root if alone else root / teacher.name
 

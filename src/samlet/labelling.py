@@ -106,7 +106,8 @@ def label_by_teacher(
         accelerator.wait_for_everyone()
         find = generator_of(config, sam.to(accelerator.device))
         own = dict(list(items.items())[accelerator.process_index :: accelerator.num_processes])
-        _find_missing(own, facts, find, say=accelerator.print, advance=advance, broken=data.broken)
+        is_shared = accelerator.num_processes > 1
+        _find_missing(own, facts, find, say=accelerator.print, advance=advance, broken=data.broken, is_shared=is_shared)
         accelerator.wait_for_everyone()
         kept = {name: asked.kept.brief for name, asked in _looked_at(items, facts, data.broken) if asked.kept}
     labelled = with_masks(config, data, kept)
@@ -272,11 +273,13 @@ def _find_missing(
     say: Callable[[str], object],
     advance: Callable[[], object],
     broken: str,
+    is_shared: bool,
 ) -> None:
     """Compute what this process has to; what cannot be read stays without where the policy is to skip."""
     missing = [asked for _, asked in _looked_at(items, facts, broken) if asked.kept is None]
+    share = ", and as many in every other process" if is_shared else ""
     if missing:
-        say(f"{len(missing)} of this process's {len(items)} images get their automatic masks before the first step")
+        say(f"{len(missing)} of {len(items)} images get their automatic masks before the first step{share}")
     with ImageCount(len(missing), "masks") as count:
         for asked in missing:
             advance()

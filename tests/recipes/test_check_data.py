@@ -230,7 +230,7 @@ def test_a_real_set_is_sound(shared: Path, tmp_path: Path) -> None:
         shared / "data" / "potholes", sheet=tmp_path / "s.png", console=Console(file=text, width=120), image_size=256
     )
     assert code == 0
-    assert "coco is there as well" in text.getvalue().replace("\n", " ")
+    assert "it could be read as coco as well" in text.getvalue().replace("\n", " ")
 
 
 def test_checking_data_imports_no_torch(tmp_path: Path) -> None:

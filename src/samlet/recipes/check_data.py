@@ -91,7 +91,8 @@ def print_report(report: Report, console: Console) -> None:
         if split.also_seen:
             others = ", ".join(split.also_seen)
             console.print(
-                f"{split.name}: {split.format} is used; {others} is there as well (--format or dataset.format chooses)"
+                f"{split.name}: {split.format} is used; it could be read as {others} as well "
+                "(--format or dataset.format chooses)"
             )
     problems = report.all_problems()
     errors = [problem for problem in problems if problem.level == "error"]
