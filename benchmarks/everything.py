@@ -1,6 +1,6 @@
 """Does everything-mode training make automatic masks better? The same student, the same further steps, on real images.
 
-    python benchmarks/everything.py --data DATA [--sets nuclei_bbbc038] [--seeds 0 1 2]
+    python benchmarks/everything.py --data DATA [--sets nuclei_bbbc038 potholes] [--seeds 0 1 2]
 
 Students are the `distilled` ones of benchmarks/distillation.py, which has to be run before: points and boxes, a tenth
 of the labels. From there each goes on for STEPS steps, once with points and boxes as before (`prompts`) and once in
@@ -121,7 +121,7 @@ def main() -> None:
     """Run everything that has not been run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--sets", nargs="+", default=["nuclei_bbbc038"])
+    parser.add_argument("--sets", nargs="+", default=["nuclei_bbbc038", "potholes"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--out", type=Path, default=Path("runs/distillation"), help="where distillation.py left its students"

@@ -298,7 +298,9 @@ def _refuse_other_masks(facts: MaskFacts, folder: RunDir) -> None:
         ConfigError: another one; the first field that differs is named.
     """
     what = "this run learns from other automatic masks"
-    refuse_other_making(folder.read_facts().get(KEY), facts._asdict(), folder, what, "the teacher's former weights")
+    refuse_other_making(
+        folder.read_facts().get(KEY), facts._asdict(), folder, what, "the teacher's former weights and thresholds"
+    )
 
 
 def _repairable(read: Callable[[Path], KeptMasks], place: Path) -> KeptMasks:
