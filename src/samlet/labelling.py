@@ -95,8 +95,8 @@ def label_by_teacher(
         _refuse_other_masks(facts, folder)
         kept = stored_masks(labels, data)
     else:
-        sam = mask_teacher(config)
-        facts = facts_of_masks(config, sam)
+        sam, settings = mask_teacher(config), search_settings(config)
+        facts = facts_of_masks(sam, settings)
         _refuse_other_masks(facts, folder)
         first = epoch_order(len(data), config.seed, 0)[:most]
         records = data.records if most is None else [data.records[index] for index in first]
@@ -104,7 +104,7 @@ def label_by_teacher(
         if accelerator.is_main_process:
             tidy(folder.automatic_masks)
         accelerator.wait_for_everyone()
-        find = generator_of(config, sam.to(accelerator.device))
+        find = generator_of(sam.to(accelerator.device), settings)
         own = dict(list(items.items())[accelerator.process_index :: accelerator.num_processes])
         is_shared = accelerator.num_processes > 1
         _find_missing(own, facts, find, say=accelerator.print, advance=advance, broken=data.broken, is_shared=is_shared)
@@ -133,10 +133,11 @@ def _say_that_none_was_found(
         DataError: so it is.
     """
     source = config.mask_source
-    said = (
-        f"{source.name}: found no mask on any image; lower mask_teacher.pred_iou_thresh and stability_score_thresh, or "
-        f"let `samlet tune-amg {source.checkpoint or source.name} {config.dataset.root}` find what suits this teacher"
-    )
+    said = f"{source.name}: found no mask on any image; lower mask_teacher.pred_iou_thresh and stability_score_thresh"
+    if source.checkpoint is not None:
+        said += f", or let `samlet tune-amg {source.checkpoint} {config.dataset.root}` find what suits this teacher"
+    if config.masks_are_stored:
+        said += f"; then remove {config.store_of(source) / FOLDER} and run {COMMAND}"
     if is_whole and not labelled.num_labelled and not config.distills:
         raise DataError(said)
     accelerator.print(f"warning: {said}")
@@ -186,16 +187,16 @@ def search_settings(config: RunConfig) -> AmgSettings:
     return masks.generator(tuned)
 
 
-def facts_of_masks(config: RunConfig, sam: Sam) -> MaskFacts:
-    """What the automatic masks of a model depend on, as the configuration wants them."""
-    return MaskFacts.of(*facts_of(sam), sam.image_size, search_settings(config))
+def facts_of_masks(sam: Sam, settings: AmgSettings) -> MaskFacts:
+    """What the automatic masks of a model depend on."""
+    return MaskFacts.of(*facts_of(sam), sam.image_size, settings)
 
 
-def generator_of(config: RunConfig, sam: Sam) -> Find:
+def generator_of(sam: Sam, settings: AmgSettings) -> Find:
     """What finds the masks of one image, always in float32."""
     from samlet.models.amg import AutomaticMaskGenerator
 
-    generator = AutomaticMaskGenerator.of(sam, search_settings(config))
+    generator = AutomaticMaskGenerator.of(sam, settings)
     return generator.find
 
 
@@ -216,7 +217,7 @@ def stored_labels(config: RunConfig) -> StoredLabels:
     """
     root = config.store_of(config.mask_source) / FOLDER
     if config.mask_source.checkpoint is not None:
-        return StoredLabels(root, facts_of_masks(config, mask_teacher(config)))
+        return StoredLabels(root, facts_of_masks(mask_teacher(config), search_settings(config)))
     any_file = next(iter(sorted((root / "train").rglob("*.json"))), None)
     if any_file is None:
         raise DataError(f"{root}: holds no automatic masks yet; run {COMMAND}")
@@ -277,9 +278,9 @@ def _find_missing(
 ) -> None:
     """Compute what this process has to; what cannot be read stays without where the policy is to skip."""
     missing = [asked for _, asked in _looked_at(items, facts, broken) if asked.kept is None]
-    share = ", and as many in every other process" if is_shared else ""
+    whose = "this process's " if is_shared else ""
     if missing:
-        say(f"{len(missing)} of {len(items)} images get their automatic masks before the first step{share}")
+        say(f"{len(missing)} of {whose}{len(items)} images get their automatic masks before the first step")
     with ImageCount(len(missing), "masks") as count:
         for asked in missing:
             advance()

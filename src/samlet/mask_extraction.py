@@ -71,8 +71,9 @@ class MaskExtractor:
         self.store = Path(given["store"]) / FOLDER
         cuda = torch.cuda.is_available() and self.config.training.device != "cpu"
         sam = mask_teacher(self.config).to("cuda" if cuda else "cpu")
-        self.facts = facts_of_masks(self.config, sam)
-        self._find = generator_of(self.config, sam)
+        settings = search_settings(self.config)
+        self.facts = facts_of_masks(sam, settings)
+        self._find = generator_of(sam, settings)
         self.broken = self.config.dataset.broken
         self.splits = {split: self._items(split) for split in self.config.extraction.splits}
         self.count = math.ceil(max(map(len, self.splits.values())) / IMAGES_PER_SHARD)

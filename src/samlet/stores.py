@@ -104,10 +104,9 @@ def refuse_other_images(readers: Mapping[str, StoreReader], data: SegmentationDa
     records = {record.image_id: record for record in data.records}
     indices = {record.image_id: index for index, record in enumerate(data.records)}
     with ThreadPoolExecutor(HASHING_THREADS) as pool, ImageBars() as bar:
-        digests = pool.map(_digest, records.values())
-        for record, digest in zip(
-            records.values(), bar.track(digests, len(records), description="images"), strict=True
-        ):
+        task = bar.add_task("images", total=len(records))
+        for record, digest in zip(records.values(), pool.map(_digest, records.values()), strict=True):
+            bar.advance(task)
             if digest is None and data.broken == "skip":
                 continue
             for reader in readers.values():

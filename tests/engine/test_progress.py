@@ -32,5 +32,17 @@ def test_long_work_writes_lines_into_a_log(
 
 def test_what_is_over_at_once_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     with ImageBars() as bars:
-        assert list(bars.track(range(3), description="images")) == [0, 1, 2]
+        bars.advance(bars.add_task("images", total=3), 3)
     assert capsys.readouterr().err == ""
+
+
+def test_the_last_line_is_there_where_others_were(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter((0.0, 11.0, 12.0, 13.0))
+    monkeypatch.setattr("samlet.engine.progress.time.monotonic", lambda: next(now))
+    with ImageBars() as bars:
+        task = bars.add_task("x", total=3)
+        for _ in range(3):
+            bars.advance(task)
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/3", "3/3"]

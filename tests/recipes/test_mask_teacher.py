@@ -71,7 +71,7 @@ def halves(pixels: np.ndarray) -> AutomaticMasks:
 @pytest.fixture
 def _halves(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (labelling, mask_extraction):
-        monkeypatch.setattr(module, "generator_of", lambda config, sam: halves)
+        monkeypatch.setattr(module, "generator_of", lambda sam, settings: halves)
 
 
 def config_of(scenes: Path, teacher: Path, out: Path, **blocks: Any) -> RunConfig:
@@ -229,6 +229,7 @@ def test_the_configuration_s_digest_knows_the_masks(made: tuple[Path, Path], tmp
         return str(facts_of_start(plain, 1, [])["config_sha256"])
 
     assert digest() == digest(points_per_batch=8)
+    assert digest(pred_iou_thresh=None) == digest(pred_iou_thresh=0.88)  # run.json knows what they came to
     assert len({digest(), digest(iou_threshold=0.4), digest(method="replace_gt"), digest(enable=False)}) == 4
     assert digest(enable=False) == digest(enable=False, iou_threshold=0.4)
 
@@ -332,7 +333,8 @@ def test_stored_features_and_answers_are_of_the_same_objects(made: tuple[Path, P
     assert verify(store) == 2
     assert verify(store, repair_it=True) == 0
     assert not damaged.exists()
-    assert list(check(store).masks) == [damaged]  # the image's features are there, and its masks are not
+    assert check(store).missing_masks == [damaged]  # the image's features are there, and its masks are not
+    assert verify(store, repair_it=True) == 2
     assert extract(config) == 0
     assert verify(store) == 0
 

@@ -227,8 +227,10 @@ class SegmentationDataset(Dataset[Sample]):
         if self.grid is None:
             asked = self._asked(objects, geometry, key)
         else:
-            crowds = [transform_mask(mask, geometry) for mask in read_crowds(record, image.size)]
-            unknown = too_small + crowds if record.is_complete and len(skipped) == known else None
+            unknown = None
+            if self.grid.unlabelled == "negative" and record.is_complete and len(skipped) == known:
+                crowds = read_crowds(record, image.size)
+                unknown = too_small + [transform_mask(mask, geometry) for mask in crowds]
             asked = self._asked_everywhere(self.grid, objects, geometry, key, unknown)
         prompts, stored, answers = stack_rows(asked.rows), None, None
         if self.stored is not None:

@@ -176,7 +176,7 @@ def open_segmentations(
 
 
 def read_crowds(record: Record, size: tuple[int, int]) -> list[Bool[np.ndarray, "H W"]]:
-    """The crowd regions of an image of (H, W), but for those that cannot be read: nobody learns them."""
+    """The crowd regions of an image of (H, W), but for those without a pixel in it."""
     masks = [] if record.open_crowds is None else read_masks(record.open_crowds, size)
     return [mask for mask in masks if not isinstance(mask, DataError)]
 

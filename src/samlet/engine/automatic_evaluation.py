@@ -150,8 +150,8 @@ def summarize_masks(images: Sequence[Overlaps]) -> dict[str, Any]:
     AR@k = mean over IoU 0.5, 0.55 ... 0.95 of recall with the k masks of the highest score of each image. AP = area
     under precision over recall (101 points), mean over the same IoU; up to 1000 masks an image. An image without masks
     counts: its objects are missed. `false_positives`: masks an image that match no object at IoU 0.5, one to one;
-    `f1` = 2 matched / (masks + objects), over all images together. As in COCO, a mask that lies in a crowd region and
-    matches no object does not count.
+    `f1` = 2 matched / (masks + objects), over all images together. As in COCO, a mask that matches no object does not
+    count if a share of it lies in a crowd region that is no smaller than the threshold of IoU, here 0.5.
 
     Raises:
         DataError: there are no objects.

@@ -56,7 +56,7 @@ def ask(sam: Sam, item: EvalImage, grid_side: int = GRID_SIDE) -> Guesses:
         predictor = Predictor(sam)
         predictor.set_image(item.image)
         truth = torch.from_numpy(item.masks).to(predictor.device)
-        chunk = max(MAX_PIXELS // (3 * (item.image.shape[0] * item.image.shape[1] + sam.image_size**2)), 1)
+        chunk = max(MAX_PIXELS // (ANSWERS * (item.image.shape[0] * item.image.shape[1] + sam.image_size**2)), 1)
         for start in range(0, len(points), chunk):
             masks, iou = _decode(predictor, points[start : start + chunk])
             predicted.append(iou.flatten().cpu().numpy())

@@ -197,7 +197,7 @@ def _mark_stages(axes: Axes, stages: Sequence[tuple[int, str]]) -> None:
 
 
 def colours_of(names: Iterable[str]) -> list[str]:
-    """A score has the same colour in every picture."""
+    """Colours of scores: those of SCORE_COLOURS the same in every picture."""
     others = cycle(OTHER_COLOURS)
     return [SCORE_COLOURS.get(name) or next(others) for name in names]
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 WITHOUT_EFFECT = (
     *("$schema", "output_dir", "resume", "training.num_workers", "training.device", "logging", "checkpoint"),
-    "mask_teacher.points_per_batch",
+    *("mask_teacher.points_per_batch", "mask_teacher.pred_iou_thresh", "mask_teacher.stability_score_thresh"),
 )
-"""Keys that may differ between two starts of one run: the weights do not depend on them."""
+"""Keys that may differ between two starts of one run: the weights do not depend on them, or run.json says more: which
+thresholds automatic masks were found with, wherever these came from."""
 
 
 def facts_of_start(plain: Mapping[str, Any], world: int, images: Sequence[tuple[str, Path]]) -> dict[str, Any]:

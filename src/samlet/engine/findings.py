@@ -147,7 +147,8 @@ def _clipped(seen: Diagnosis) -> Iterator[Finding]:
 
 
 def _teaches(seen: Diagnosis) -> Iterator[Finding]:
-    if seen.norms and not any(seen.norms):
+    knows_no_object = all(reading.student_iou is None for reading in seen.readings)
+    if seen.norms and not any(seen.norms) and knows_no_object:
         yield Finding(
             "warning",
             "the whole gradient is 0 in every step: nothing is learnt from these images, which have neither objects "

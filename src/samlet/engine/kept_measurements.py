@@ -55,7 +55,7 @@ def _write(path: Path, arrays: Arrays) -> None:
 
 
 def _digest(item: EvalImage) -> str:
-    digest = hashlib.sha256(f"{item.image_id} {item.image.shape} {item.masks.shape}".encode())
+    digest = hashlib.sha256(f"{item.image_id} {item.image.shape} {item.masks.shape} {item.crowds.shape}".encode())
     for array in (item.image, np.packbits(item.masks), np.packbits(item.crowds), item.points):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]

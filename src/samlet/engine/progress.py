@@ -83,9 +83,9 @@ class ImageBars(Progress):
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
-        self._last_line = time.monotonic()
+        self._last_line, self._told = time.monotonic(), set[TaskID]()
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """So many more are done."""
@@ -99,9 +99,11 @@ class ImageBars(Progress):
 
     def _tell(self, task: Task) -> None:
         now = time.monotonic()
-        if self.console.is_terminal or now - self._last_line < SECONDS_BETWEEN_LINES or not task.completed:
+        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or (task.finished and task.id in self._told)
+        if self.console.is_terminal or not is_due or not task.completed:
             return
         self._last_line = now
+        self._told.add(task.id)
         of = " images"
         if task.total:
             left = max(task.total - task.completed, 0) / task.completed

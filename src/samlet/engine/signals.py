@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -41,8 +42,14 @@ class StopRequest:
 
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT inside the block; the former handlers come back after it."""
+    """Catch SIGTERM and SIGINT inside the block; the former handlers come back after it.
+
+    Only the main thread can: in others nothing is caught.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     former = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request

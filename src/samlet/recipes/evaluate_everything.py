@@ -144,6 +144,7 @@ def measure_all(
                 "calibration": one.calibration,
                 "seconds_per_image": one.seconds,
             }
+        stop.leave_if_asked()
     return facts, measured
 
 

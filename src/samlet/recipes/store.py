@@ -85,7 +85,8 @@ def verify(path: Path, *, repair_it: bool = False, console: Console | None = Non
     _say(console, f"Dropped {lost} image-variant(s) and {books} shard(s) whole; extracting again computes them.")
     for place in strays:
         _say(console, f"{escape(str(place))}: left alone, as no extraction wrote it; remove it yourself")
-    return 2 if strays or report.decoder or any(shard.unfinished and not shard.damage for shard in report.shards) else 0
+    left = strays or report.decoder or report.missing_masks
+    return 2 if left or any(shard.unfinished and not shard.damage for shard in report.shards) else 0
 
 
 def _print_report(report: Report, path: Path, console: Console) -> None:
@@ -95,6 +96,7 @@ def _print_report(report: Report, path: Path, console: Console) -> None:
         *(sentence for shard in report.shards for sentence in shard.damage),
     ]
     unfinished = [f"shard {shard.number} of {shard.split}" for shard in report.shards if shard.unfinished]
+    unfinished += [f"{place}: missing" for place in report.missing_masks]
     lost = sum(len(shard.lost) for shard in report.shards)
     _print_list("Damaged", damage, "red", console, cut=False)
     _print_list("Files that nothing vouches for", [str(place) for place in report.strays], "yellow", console)

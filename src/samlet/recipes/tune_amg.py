@@ -64,9 +64,11 @@ def tune_amg(
     with ImageBars() as progress, listen_for_stop() as stop:
 
         def one_by_one() -> Iterator[EvalImage]:
-            for index in progress.track(range(count), description=named.name):
-                stop.leave_if_asked()
+            task = progress.add_task(named.name, total=count)
+            for index in range(count):
                 yield images.item(index)
+                progress.advance(task)
+                stop.leave_if_asked()
 
         found = collect(named.path, sam, one_by_one(), settings, unfinished)
     objects = sum(one.iou.shape[1] for one in found)
@@ -153,7 +155,8 @@ def publish(
     console = Console()
     console.print(console_table(title, header, rows, is_narrow=True))
     lines = [
-        f"wrote {place}, which `samlet evaluate --everything` and `samlet masks` use from now on, and {picture}",
+        f"wrote {place}, which `samlet evaluate --everything`, `samlet masks` and mask_teacher use from now on, and "
+        f"{picture}",
         "Chosen on these images, so the scores on them flatter it: measure it on others",
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)

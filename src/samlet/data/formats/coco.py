@@ -230,7 +230,7 @@ class _Reader:
     def _record(self, image_id: str, path: Path, image: dict[str, Any], items: list[dict[str, Any]]) -> Record:
         written = image.get("height"), image.get("width")
         alone = [item for item in items if not item.get("iscrowd")]
-        crowds = [item for item in items if item.get("iscrowd") and self._is_sound(item.get("segmentation"), written)]
+        crowds = [item for item in items if item.get("iscrowd") and self._is_sound_crowd(item, written)]
         return Record(
             image_id,
             path,
@@ -243,9 +243,14 @@ class _Reader:
         named = [(f"{self.file}: annotation {item.get('id')}", item["segmentation"]) for item in items]
         return partial(open_segmentations, tuple(named), written) if named else None
 
-    def _is_sound(self, segmentation: Any, written: tuple[Any, Any]) -> bool:
+    def _is_sound_crowd(self, item: dict[str, Any], written: tuple[Any, Any]) -> bool:
         height, width = written
-        return isinstance(height, int) and isinstance(width, int) and flaw(segmentation, (height, width)) is None
+        if not isinstance(height, int) or not isinstance(width, int):
+            return False  # nor can objects be read then
+        reason = flaw(item.get("segmentation"), (height, width))
+        if reason is not None:
+            self.found.warn(f"{self.file}: annotation {item.get('id')}", f"{reason}; this crowd region is not used")
+        return reason is None
 
     def _by_image(self) -> dict[Any, list[dict[str, Any]]]:
         """Sound annotations by the id of their image; flaws and crowd regions are noted."""

@@ -59,14 +59,16 @@ class Report(NamedTuple):
     strays: list[Path]
     """Files that nothing vouches for: half-written, forgotten, or nobody's."""
     masks: dict[Path, str]
-    """Files of automatic masks that are damaged or missing, and a sentence on each."""
+    """Files of automatic masks that are damaged, and a sentence on each."""
+    missing_masks: list[Path]
+    """Those of images whose features are stored, in splits that have masks."""
     sound_masks: int
     """Files of automatic masks that are whole."""
 
     @property
     def sound(self) -> bool:
         """Nothing is wrong and nothing is missing."""
-        return not (self.decoder or self.shards or self.strays or self.masks)
+        return not (self.decoder or self.shards or self.strays or self.masks or self.missing_masks)
 
 
 def count_entries(root: Path) -> int:
@@ -103,10 +105,10 @@ def check(root: Path, advance: Advance = lambda _: None) -> Report:
             if report.damage or report.unfinished:
                 shards.append(report)
     sound, masks = _look_at_masks(root)
-    masks |= _missing_masks(root, {(split, image_id) for split, (image_id, _) in keys})
+    missing = _missing_masks(root, {(split, image_id) for split, (image_id, _) in keys})
     vouched.update(sound, masks)
     strays = [place for place in files_below(root) if place not in vouched and not _is_beside(place, root)]
-    return Report(len(keys), decoder, shards, sorted(strays), masks, len(sound))
+    return Report(len(keys), decoder, shards, sorted(strays), masks, missing, len(sound))
 
 
 def repair(root: Path, report: Report) -> tuple[int, list[Path]]:
@@ -149,17 +151,15 @@ def _look_at_masks(root: Path) -> tuple[list[Path], dict[Path, str]]:
     return sound, damaged
 
 
-def _missing_masks(root: Path, images: set[tuple[str, str]]) -> dict[Path, str]:
-    """Images whose features are stored without masks, in splits that have masks."""
-    missing = dict[Path, str]()
+def _missing_masks(root: Path, images: set[tuple[str, str]]) -> list[Path]:
+    """The masks that images with features should have, in splits where any has."""
+    wanted = list[Path]()
     for split, image_id in sorted(images):
         folder = root / FOLDER / split
         if folder.is_dir():
             with suppress(DataError):  # a name that leads elsewhere is damage of the shard
-                place = mask_file(folder, image_id)
-                if not place.exists():
-                    missing[place] = f"{place}: missing"
-    return missing
+                wanted.append(mask_file(folder, image_id))
+    return [place for place in wanted if not place.exists()]
 
 
 def _contents(files: ShardFiles, store: str) -> tuple[Contents, list[str]]:
