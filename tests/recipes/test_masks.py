@@ -277,6 +277,8 @@ def test_what_is_not_its_own_is_never_written_over(weights: Path, images: Path, 
         (out / name).mkdir(parents=True)
         with pytest.raises(SamletError, match="was not written by `samlet masks`"):
             run(weights, images, out)
+    with pytest.raises(SamletError, match=f"is a model, .* write samlet masks {weights} {images}"):
+        run(images, weights, tmp_path / "out")
     with pytest.raises(SamletError, match="is the folder of the images"):
         run(weights, images, images)
     with pytest.raises(SamletError, match="is a file"):

@@ -26,6 +26,7 @@ from rich.console import Console
 from samlet.artefacts import remove_leftovers, write_file, write_json
 from samlet.data.images import is_image_name, read_image
 from samlet.data.records import hidden
+from samlet.engine.naming import Named, refuse_model
 from samlet.errors import DataError, SamletError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def masks(
         SamletError: something it was given cannot be used, or `out` is not its own to write.
     """
     console = Console()
+    refuse_model(images, [Named("", Path(checkpoint))], "masks")
     refuse_foreign_folder(images, out)
     targets, ignored = find_targets(images, out)
     settings, whose = choose_settings(checkpoint, thresholds or {}, plain=plain, image_size=image_size)
